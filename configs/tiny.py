@@ -1,0 +1,22 @@
+"""A whole DeepSeek-V3.2, a few million parameters small, learning Python from the standard library.
+
+    python train.py --config=configs/tiny.py --workdir=/tmp/run1
+
+Hardware: two CPU cores. Time: under five minutes. Result: see README.
+"""
+
+from dsjax.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, TrainConfig, presets
+
+
+def get_config() -> RunConfig:
+    """The run that the README starts with."""
+    steps = 600
+    return RunConfig(
+        model=presets.v32_tiny(),
+        optimizer=OptimizerConfig(
+            lr=2e-3, lr_floor=2e-4, warmup_steps=50, cosine_start_step=300, cosine_end_step=steps
+        ),
+        train=TrainConfig(steps=steps, batch_size=16, sequence_length=256),
+        eval=EvalConfig(every_steps=100, batches=4),
+        checkpoint=CheckpointConfig(every_steps=100),
+    )

@@ -1,0 +1,13 @@
+"""The dataclasses of a run, their presets, and how the command line changes them."""
+
+from dsjax.config import presets as presets
+from dsjax.config.errors import ConfigError as ConfigError
+from dsjax.config.model import ModelConfig as ModelConfig
+from dsjax.config.model import RopeScaling as RopeScaling
+from dsjax.config.run import CheckpointConfig as CheckpointConfig
+from dsjax.config.run import DataConfig as DataConfig
+from dsjax.config.run import EvalConfig as EvalConfig
+from dsjax.config.run import LogConfig as LogConfig
+from dsjax.config.run import OptimizerConfig as OptimizerConfig
+from dsjax.config.run import RunConfig as RunConfig
+from dsjax.config.run import TrainConfig as TrainConfig

@@ -1,0 +1,192 @@
+"""The shape of a model. Field names are those of the checkpoint's ``config.json``."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from dsjax.config.errors import ConfigError
+from dsjax.config.freeze import Freezable
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class RopeScaling(Freezable):
+    """YaRN context extension. Source: SPEC §1.4; ``config.json: rope_scaling``."""
+
+    factor: float = 40.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def check(self) -> None:
+        """Raises ConfigError where no rotary embedding follows from the values."""
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"model.rope_scaling.{name}={getattr(self, name)} must be positive")
+        if self.mscale != self.mscale_all_dim:
+            raise ConfigError(
+                f"model.rope_scaling.mscale={self.mscale} and mscale_all_dim={self.mscale_all_dim} differ: "
+                "only equal values are supported, as in every released checkpoint"
+            )
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ModelConfig(Freezable):
+    """A DeepSeek-V3 family transformer. The defaults are the 671B V3.2.
+
+    Source: V3 report §2 and §4.2, V3.2-Exp report §1; the checkpoint's ``config.json``.
+    """
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    num_hidden_layers: int = 61
+    first_k_dense_replace: int = 3
+    num_nextn_predict_layers: int = 1
+    max_position_embeddings: int = 163840
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+
+    # Multi-head latent attention
+    num_attention_heads: int = 128
+    q_lora_rank: int = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+
+    # DeepSeek sparse attention: the lightning indexer. index_topk = 0 is a V3 model, without one.
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 2048
+    # "plain" scores in the compute dtype; "exact" adds the released code's Hadamard rotation and e4m3 rounding.
+    index_precision: Literal["plain", "exact"] = "plain"
+
+    # Feed-forward: dense SwiGLU in the first layers, mixture of experts in the others
+    intermediate_size: int = 18432
+    moe_intermediate_size: int = 2048
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 2.5
+    norm_topk_prob: bool = True
+
+    # Which hidden state the multi-token-prediction module reads; public sources do not settle it.
+    mtp_input: Literal["before_final_norm", "after_final_norm"] = "before_final_norm"
+
+    # How it is computed: none of these change the result beyond rounding
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Sequences up to this length attend in MHA form under a mask; longer ones gather the selected keys (MQA form).
+    dense_attention_max_length: int = 8192
+    attention_block_size: int = 128
+    remat: Literal["none", "attention", "layer"] = "layer"
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head: the part without position and the rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether attention is sparse (V3.2) or always dense (V3, V3.1, R1)."""
+        return self.index_topk > 0
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Mixture-of-experts layers of the main model, the MTP layer not counted."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def uses_yarn(self) -> bool:
+        """YaRN and its softmax factor apply only beyond the original context length."""
+        return self.max_position_embeddings > self.rope_scaling.original_max_position_embeddings
+
+    @property
+    def softmax_scale(self) -> float:
+        """``qk_head_dim^-0.5 · m²`` with ``m = 0.1·mscale·ln(factor) + 1`` under YaRN, else m = 1."""
+        scale = self.qk_head_dim**-0.5
+        if self.uses_yarn and self.rope_scaling.factor > 1:
+            m = 0.1 * self.rope_scaling.mscale_all_dim * math.log(self.rope_scaling.factor) + 1.0
+            scale *= m * m
+        return scale
+
+    def check(self) -> None:
+        """Raises ConfigError for a combination that cannot work, naming field, value and remedy."""
+        self._check_ranges()
+        self.rope_scaling.check()
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ConfigError(
+                f"model.first_k_dense_replace={self.first_k_dense_replace} is more than "
+                f"model.num_hidden_layers={self.num_hidden_layers}: use at most {self.num_hidden_layers}"
+            )
+        if self.num_nextn_predict_layers > 1:
+            raise ConfigError(
+                f"model.num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1: "
+                "the released models have one multi-token-prediction module"
+            )
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(
+                f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary embedding turns pairs"
+            )
+        self._check_routing()
+        if self.has_indexer:
+            self._check_indexer()
+
+    def _check_ranges(self) -> None:
+        may_be_zero = {"first_k_dense_replace", "num_nextn_predict_layers", "index_topk", "n_shared_experts"}
+        may_be_zero |= {"dense_attention_max_length"}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            least = 0 if field.name in may_be_zero else 1
+            if isinstance(value, int) and value < least:
+                raise ConfigError(f"model.{field.name}={value} must be at least {least}")
+            if isinstance(value, float) and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"model.{field.name}={value} must be positive and finite")
+
+    def _check_routing(self) -> None:
+        experts, groups = self.n_routed_experts, self.n_group
+        if experts % groups:
+            divisors = [d for d in range(1, experts + 1) if experts % d == 0]
+            raise ConfigError(
+                f"model.n_group={groups} does not divide model.n_routed_experts={experts}: use one of {divisors}"
+            )
+        if self.topk_group > groups:
+            raise ConfigError(
+                f"model.topk_group={self.topk_group} is more than model.n_group={groups}: use at most {groups}"
+            )
+        if groups > 1 and experts // groups < 2:
+            raise ConfigError(
+                f"model.n_group={groups} leaves one expert in a group, and a group is ranked by its two best: "
+                f"use at most {experts // 2}"
+            )
+        reachable = self.topk_group * (experts // groups)
+        if self.num_experts_per_tok > reachable:
+            raise ConfigError(
+                f"model.num_experts_per_tok={self.num_experts_per_tok} is more than the {reachable} experts in "
+                f"model.topk_group={self.topk_group} groups: use at most {reachable}"
+            )
+
+    def _check_indexer(self) -> None:
+        if self.index_topk > self.max_position_embeddings:
+            raise ConfigError(
+                f"model.index_topk={self.index_topk} is more than "
+                f"model.max_position_embeddings={self.max_position_embeddings}: use at most that, "
+                "or 0 for a model without an indexer"
+            )
+        if self.index_head_dim < self.qk_rope_head_dim:
+            raise ConfigError(
+                f"model.index_head_dim={self.index_head_dim} is less than "
+                f"model.qk_rope_head_dim={self.qk_rope_head_dim}, which is its rotary part: use at least that"
+            )
+        if self.index_precision == "exact" and self.index_head_dim & (self.index_head_dim - 1):
+            raise ConfigError(
+                f"model.index_head_dim={self.index_head_dim} must be a power of two for "
+                "model.index_precision=exact, whose Hadamard rotation exists only there"
+            )
