@@ -12,6 +12,11 @@ class Freezable:
     checked, and then frozen once.
     """
 
+    @property
+    def frozen(self) -> bool:
+        """Whether ``freeze()`` was called."""
+        return getattr(self, "_frozen", False)
+
     def freeze(self) -> Self:
         """Forbids any further assignment, here and in nested dataclasses; returns ``self``."""
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
@@ -22,7 +27,7 @@ class Freezable:
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if getattr(self, "_frozen", False):
+        if self.frozen:
             raise AttributeError(
                 f"{type(self).__name__}.{name} cannot change any more: the configuration is frozen; "
                 "use dataclasses.replace to make another one"

@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from dsjax.config.errors import ConfigError
+from dsjax.config.fields import check_types
 from dsjax.config.freeze import Freezable
 
 
@@ -12,11 +13,18 @@ from dsjax.config.freeze import Freezable
 class RopeScaling(Freezable):
     """YaRN context extension. Source: SPEC §1.4; ``config.json: rope_scaling``."""
 
+    # How many times longer than the original the context becomes. 1: not at all.
     factor: float = 40.0
+    # Tokens. Context length of pre-training; YaRN acts only where max_position_embeddings is more.
     original_max_position_embeddings: int = 4096
+    # Frequencies that turn more often than beta_fast over the original context stay, those that turn less
+    # than beta_slow are divided by factor, and those between are blended.
     beta_fast: float = 32.0
+    # See beta_fast.
     beta_slow: float = 1.0
+    # The softmax scale is multiplied by (0.1 · mscale · ln factor + 1)².
     mscale: float = 1.0
+    # Must equal mscale, as in every released checkpoint.
     mscale_all_dim: float = 1.0
 
     def check(self) -> None:
@@ -38,52 +46,91 @@ class ModelConfig(Freezable):
     Source: V3 report §2 and §4.2, V3.2-Exp report §1; the checkpoint's ``config.json``.
     """
 
+    # Rows of the embedding and columns of the output head, unused ones included.
     vocab_size: int = 129280
+    # Width of the residual stream.
     hidden_size: int = 7168
+    # Layers of the main model, the multi-token-prediction layer not counted.
     num_hidden_layers: int = 61
+    # So many layers at the beginning have a dense feed-forward; the others are mixtures of experts.
     first_k_dense_replace: int = 3
+    # Multi-token-prediction modules: 0 or 1.
     num_nextn_predict_layers: int = 1
+    # Tokens. The longest context; beyond rope_scaling.original_max_position_embeddings it turns YaRN on.
     max_position_embeddings: int = 163840
+    # Added to the mean square in every RMSNorm.
     rms_norm_eps: float = 1e-6
+    # Standard deviation of the initial weights.
     initializer_range: float = 0.006
 
     # Multi-head latent attention
+
+    # Query heads, and the key and value heads that the latent is expanded to.
     num_attention_heads: int = 128
+    # Width of the query latent.
     q_lora_rank: int = 1536
+    # Width of the key-value latent, which is what the cache holds.
     kv_lora_rank: int = 512
+    # Width of a head's part without position.
     qk_nope_head_dim: int = 128
+    # Width of a head's rotary part; the key's is shared by all heads.
     qk_rope_head_dim: int = 64
+    # Width of a head's values.
     v_head_dim: int = 128
+    # Base of the rotary frequencies.
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
 
-    # DeepSeek sparse attention: the lightning indexer. index_topk = 0 is a V3 model, without one.
+    # DeepSeek sparse attention: the lightning indexer
+
+    # Query heads of the indexer; they share one key.
     index_n_heads: int = 64
+    # Width of an indexer head; its first qk_rope_head_dim are rotary.
     index_head_dim: int = 128
+    # Keys that a query attends to. 0: a V3 model, without an indexer, its attention dense.
     index_topk: int = 2048
-    # "plain" scores in the compute dtype; "exact" adds the released code's Hadamard rotation and e4m3 rounding.
+    # "plain" scores in the compute dtype; "exact" adds the released code's Hadamard rotation and e4m3
+    # rounding.
     index_precision: Literal["plain", "exact"] = "plain"
 
     # Feed-forward: dense SwiGLU in the first layers, mixture of experts in the others
+
+    # Inner width of the dense feed-forward.
     intermediate_size: int = 18432
+    # Inner width of one expert.
     moe_intermediate_size: int = 2048
+    # Experts that the router chooses from.
     n_routed_experts: int = 256
+    # Experts that every token passes through.
     n_shared_experts: int = 1
+    # Routed experts a token.
     num_experts_per_tok: int = 8
+    # Groups the routed experts are divided into.
     n_group: int = 8
+    # Groups that a token may choose its experts from.
     topk_group: int = 4
+    # Factor on the sum of the routed experts.
     routed_scaling_factor: float = 2.5
+    # Whether a token's expert weights are divided by their sum.
     norm_topk_prob: bool = True
+
+    # Multi-token prediction
 
     # Which hidden state the multi-token-prediction module reads; public sources do not settle it.
     mtp_input: Literal["before_final_norm", "after_final_norm"] = "before_final_norm"
 
     # How it is computed: none of these change the result beyond rounding
+
+    # What matrix products are computed in.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # What parameters are kept in.
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    # Sequences up to this length attend in MHA form under a mask; longer ones gather the selected keys (MQA form).
+    # Tokens. Sequences up to this length attend in MHA form under a mask; longer ones gather the selected
+    # keys (MQA form).
     dense_attention_max_length: int = 8192
+    # Queries that attend at a time.
     attention_block_size: int = 128
+    # What the backward pass computes again instead of keeping it: nothing, the attention, or whole layers.
     remat: Literal["none", "attention", "layer"] = "layer"
 
     @property
@@ -117,6 +164,7 @@ class ModelConfig(Freezable):
 
     def check(self) -> None:
         """Raises ConfigError for a combination that cannot work, naming field, value and remedy."""
+        check_types(self, "model.")
         self._check_ranges()
         self.rope_scaling.check()
         if self.first_k_dense_replace > self.num_hidden_layers:
@@ -142,35 +190,35 @@ class ModelConfig(Freezable):
         may_be_zero |= {"dense_attention_max_length"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
             least = 0 if field.name in may_be_zero else 1
-            if isinstance(value, int) and value < least:
+            if field.type is int and value < least:
                 raise ConfigError(f"model.{field.name}={value} must be at least {least}")
-            if isinstance(value, float) and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"model.{field.name}={value} must be positive and finite")
+            if field.type is float and value <= 0:
+                raise ConfigError(f"model.{field.name}={value} must be positive")
 
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
         if experts % groups:
             divisors = [d for d in range(1, experts + 1) if experts % d == 0]
             raise ConfigError(
-                f"model.n_group={groups} does not divide model.n_routed_experts={experts}: use one of {divisors}"
+                f"model.n_group={groups} does not divide model.n_routed_experts={experts}: "
+                f"use one of {divisors}"
             )
         if self.topk_group > groups:
             raise ConfigError(
-                f"model.topk_group={self.topk_group} is more than model.n_group={groups}: use at most {groups}"
+                f"model.topk_group={self.topk_group} is more than model.n_group={groups}: "
+                f"use at most {groups}"
             )
         if groups > 1 and experts // groups < 2:
             raise ConfigError(
-                f"model.n_group={groups} leaves one expert in a group, and a group is ranked by its two best: "
-                f"use at most {experts // 2}"
+                f"model.n_group={groups} leaves one expert in a group, and a group is ranked by its two "
+                f"best: use at most {experts // 2}"
             )
         reachable = self.topk_group * (experts // groups)
         if self.num_experts_per_tok > reachable:
             raise ConfigError(
-                f"model.num_experts_per_tok={self.num_experts_per_tok} is more than the {reachable} experts in "
-                f"model.topk_group={self.topk_group} groups: use at most {reachable}"
+                f"model.num_experts_per_tok={self.num_experts_per_tok} is more than the {reachable} experts "
+                f"in model.topk_group={self.topk_group} groups: use at most {reachable}"
             )
 
     def _check_indexer(self) -> None:

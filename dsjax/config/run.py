@@ -1,14 +1,16 @@
 """The dataclasses of a run: what is trained, on what, for how long, and what is kept."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from dsjax.config.errors import ConfigError
+from dsjax.config.fields import check_types
 from dsjax.config.freeze import Freezable
 from dsjax.config.model import ModelConfig
 
 
-def _check_at_least(room: str, config: object, least: dict[str, float]) -> None:
+def _check_at_least(room: str, config: object, least: Mapping[str, float]) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
         if not value >= bound:
@@ -19,13 +21,15 @@ def _check_at_least(room: str, config: object, least: dict[str, float]) -> None:
 class DataConfig(Freezable):
     """Text in, batches out."""
 
-    # Files, folders or globs of UTF-8 text. Empty: the source files of the running Python's standard library.
+    # Files, folders or globs of UTF-8 text, separated by commas; write ? for a comma that belongs to a name.
+    # Empty: the source files of the running Python's standard library.
     paths: tuple[str, ...] = ()
     # A tokenizer.json. Empty: a byte-level BPE of model.vocab_size is trained on the text, once a workdir.
     tokenizer: str = ""
     # Share of the documents held out for evaluation, chosen by a hash of their content.
     heldout_fraction: float = 0.02
-    # Whether packed documents are hidden from each other. Pre-training leaves them visible, as the report does.
+    # Whether packed documents are hidden from each other. Pre-training leaves them visible, as the report
+    # does.
     isolate_documents: bool = False
 
     def check(self) -> None:
@@ -43,26 +47,37 @@ class OptimizerConfig(Freezable):
     Source: V3 report §4.2. Steps count optimizer steps; a phase of 0 steps is left out.
     """
 
+    # Learning rate of the plateau.
     lr: float = 2.2e-4
+    # Steps in which the rate rises from 0 to lr.
     warmup_steps: int = 2000
     # Plateau until this step; the cosine then falls until cosine_end_step, to lr_floor.
     cosine_start_step: int = 0
+    # The step at which the cosine has reached lr_floor. 0: no cosine.
     cosine_end_step: int = 0
+    # Learning rate after the cosine.
     lr_floor: float = 2.2e-5
-    # From this step on the rate is lr_last; 0: never.
+    # From this step on the rate is lr_last. 0: never.
     last_start_step: int = 0
+    # Learning rate of the last phase.
     lr_last: float = 7.3e-6
+    # Decay a step of the mean of the gradients.
     beta1: float = 0.9
+    # Decay a step of the mean of their squares.
     beta2: float = 0.95
+    # Added to the root of the mean square.
     eps: float = 1e-8
+    # Share of a weight that is taken off a step, times the learning rate.
     weight_decay: float = 0.1
+    # The gradient is scaled down to this global norm.
     clip_norm: float = 1.0
+    # What both means are kept in.
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def check(self) -> None:
         """Raises ConfigError for values out of range or phases out of order."""
-        least = dict.fromkeys(("lr", "lr_floor", "lr_last", "warmup_steps", "weight_decay"), 0.0)
-        _check_at_least("optimizer", self, least)
+        at_least_zero = ("lr", "lr_floor", "lr_last", "warmup_steps", "weight_decay")
+        _check_at_least("optimizer", self, dict.fromkeys(at_least_zero, 0))
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
@@ -72,8 +87,8 @@ class OptimizerConfig(Freezable):
         if self.cosine_end_step:
             if self.cosine_start_step < self.warmup_steps:
                 raise ConfigError(
-                    f"optimizer.cosine_start_step={self.cosine_start_step} comes before the end of the warm-up: "
-                    f"use at least optimizer.warmup_steps={self.warmup_steps}"
+                    f"optimizer.cosine_start_step={self.cosine_start_step} comes before the end of the "
+                    f"warm-up: use at least optimizer.warmup_steps={self.warmup_steps}"
                 )
             if self.cosine_end_step <= self.cosine_start_step:
                 raise ConfigError(
@@ -89,18 +104,28 @@ class OptimizerConfig(Freezable):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class TrainConfig(Freezable):
-    """How long and on how much, and the weights of the losses. Source: V3 report §4.2, V3.2-Exp report §2.1."""
+    """How long and on how much, and the weights of the losses.
 
+    Source: V3 report §4.2, V3.2-Exp report §2.1.
+    """
+
+    # Optimizer steps.
     steps: int = 1000
-    batch_size: int = 8  # sequences a step
-    sequence_length: int = 4096  # tokens
-    # λ of the multi-token-prediction loss, and its later value from mtp_switch_step on (0: never).
+    # Sequences a step, over all devices.
+    batch_size: int = 8
+    # Tokens.
+    sequence_length: int = 4096
+    # λ of the multi-token-prediction loss.
     mtp_loss_weight: float = 0.3
+    # λ from mtp_switch_step on.
     mtp_loss_weight_late: float = 0.1
+    # The step at which mtp_loss_weight_late takes over. 0: never.
     mtp_switch_step: int = 0
-    # α of the sequence-wise balance loss, and γ of the router-bias update, which is 0 from bias_freeze_step on.
+    # α of the sequence-wise balance loss.
     balance_loss_weight: float = 1e-4
+    # γ of the router-bias update.
     bias_update_speed: float = 1e-3
+    # From this step on the router biases stay as they are. 0: never.
     bias_freeze_step: int = 0
     # Weight of the indexer's KL loss; it reaches the indexer only. No public source gives one.
     indexer_loss_weight: float = 1.0
@@ -121,11 +146,17 @@ class TrainConfig(Freezable):
 class EvalConfig(Freezable):
     """Evaluation on held-out text during training, and the sample at the end."""
 
+    # Steps between evaluations.
     every_steps: int = 100
-    batches: int = 8  # of train.batch_size sequences
+    # Batches of train.batch_size held-out sequences an evaluation.
+    batches: int = 8
+    # What the sample at the end continues.
     sample_prompt: str = "def "
+    # Tokens. 0: no sample.
     sample_tokens: int = 200
+    # 0: always the most likely token.
     sample_temperature: float = 0.7
+    # Tokens are drawn from the smallest set that has this probability.
     sample_top_p: float = 0.95
 
     def check(self) -> None:
@@ -140,7 +171,9 @@ class EvalConfig(Freezable):
 class CheckpointConfig(Freezable):
     """How often the state is saved, and how many are kept."""
 
+    # Steps between checkpoints.
     every_steps: int = 100
+    # Older ones are deleted.
     keep: int = 2
 
     def check(self) -> None:
@@ -152,7 +185,9 @@ class CheckpointConfig(Freezable):
 class LogConfig(Freezable):
     """What is written while the run goes on."""
 
+    # Steps between lines of metrics and of progress.
     every_steps: int = 10
+    # Whether the metrics also go to WORKDIR/tensorboard.
     tensorboard: bool = True
     # Compiled programs are kept here between starts; "" turns that off.
     compilation_cache: str = "~/.cache/dsjax/xla"
@@ -167,7 +202,10 @@ class LogConfig(Freezable):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RunConfig(Freezable):
-    """A whole run: ``python train.py --config=configs/NAME.py`` builds one, overrides it, checks and freezes it."""
+    """A whole run.
+
+    ``python train.py --config=configs/NAME.py`` builds one, overrides it, checks and freezes it.
+    """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -176,13 +214,16 @@ class RunConfig(Freezable):
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    # Of the initial weights, the order of the data and the sample.
     seed: int = 0
 
     def check(self) -> None:
         """Raises ConfigError for the first thing that cannot work, alone or in combination."""
+        check_types(self)
         for room in (self.model, self.data, self.optimizer, self.train, self.eval, self.checkpoint, self.log):
             room.check()
-        _check_at_least("config", self, {"seed": 0})
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be at least 0")
         length, longest = self.train.sequence_length, self.model.max_position_embeddings
         if length > longest:
             raise ConfigError(
