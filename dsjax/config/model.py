@@ -130,8 +130,9 @@ class ModelConfig(Freezable):
     dense_attention_max_length: int = 8192
     # Queries that attend at a time.
     attention_block_size: int = 128
-    # What the backward pass computes again instead of keeping it: nothing, the attention, or whole layers.
-    remat: Literal["none", "attention", "layer"] = "layer"
+    # What the backward pass recomputes beside attention, which it always does: nothing; each layer but its
+    # attention output; each layer whole.
+    remat: Literal["none", "layer", "full"] = "layer"
 
     @property
     def qk_head_dim(self) -> int:

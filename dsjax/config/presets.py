@@ -61,7 +61,7 @@ def v32_small() -> ModelConfig:
         topk_group=2,
         compute_dtype="float32",
         dense_attention_max_length=2048,
-        remat="attention",
+        remat="none",
     )
 
 
@@ -92,5 +92,5 @@ def v32_tiny() -> ModelConfig:
         topk_group=2,
         compute_dtype="float32",
         dense_attention_max_length=1024,
-        remat="attention",
+        remat="none",
     )

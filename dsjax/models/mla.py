@@ -1,0 +1,207 @@
+"""Multi-head latent attention with DeepSeek sparse attention."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax.config import ModelConfig
+from dsjax.models.causal_blocks import map_causal_blocks
+from dsjax.models.indexer import IndexQuery, LightningIndexer
+from dsjax.models.linear import Linear
+from dsjax.models.norms import RMSNorm
+from dsjax.models.rope import Rope, rotate_interleaved
+from pallas_kernels.dense_mla.api import dense_mla
+from pallas_kernels.indexer.api import index_scores
+from pallas_kernels.indexer_loss.api import dense_indexer_loss, sparse_indexer_loss
+from pallas_kernels.sparse_mla.api import sparse_mla
+from pallas_kernels.topk.api import topk_indices, topk_mask
+from pallas_kernels.visibility import Visibility
+
+# What a rematerialised layer may keep, so that its backward pass need not attend twice.
+ATTENTION_OUTPUT = "attention_output"
+
+
+class Latents(NamedTuple):
+    """What attention keeps of a token: the whole cache of a layer. ``index_key`` is None without an indexer."""
+
+    c: Float[Array, "B S C"]  # normalised key-value latent
+    k_pe: Float[Array, "B S R"]  # rotary key, shared by all heads
+    index_key: Float[Array, "B S J"] | None
+
+
+class Queries(NamedTuple):
+    """What a token asks: per head, without and with position, and of the index."""
+
+    nope: Float[Array, "B T H P"]
+    pe: Float[Array, "B T H R"]
+    index: IndexQuery | None
+
+
+class _BlockQueries(NamedTuple):
+    """Queries of one block with their place in the sequence."""
+
+    queries: Queries
+    number: Int[Array, "B T"]
+    segment: Int[Array, "B T"]
+
+
+class MultiHeadLatentAttention(nnx.Module):
+    """MLA over the keys that the lightning indexer selects, or over all where there is no indexer.
+
+    Two forms give the same result. MHA: keys and values of every head are unfolded from the latent and attended
+    to under a mask; cheaper per pair, used up to ``dense_attention_max_length``. MQA: W_UK is absorbed into the
+    query and W_UV into the output, and each query gathers its selected latents; used beyond, and for decoding.
+
+    Source: V2 report §2.1, V3.2-Exp report §1; checkpoint keys ``self_attn.*``.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        heads, std, dtype = config.num_attention_heads, config.initializer_range, config.param_dtype
+
+        def linear(shape, axes, contract=1):
+            return Linear(shape, axes, std=std, param_dtype=dtype, rngs=rngs, contract=contract)
+
+        self.q_a_proj = linear((config.hidden_size, config.q_lora_rank), ("embed", "q_lora"))
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps, axis="q_lora")
+        self.q_b_proj = linear((config.q_lora_rank, heads, config.qk_head_dim), ("q_lora", "heads", "head_dim"))
+        self.kv_a_proj_with_mqa = linear(
+            (config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim), ("embed", "kv_lora")
+        )
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps, axis="kv_lora")
+        self.kv_b_proj = linear(
+            (config.kv_lora_rank, heads, config.qk_nope_head_dim + config.v_head_dim),
+            ("kv_lora", "heads", "head_dim"),
+        )
+        self.o_proj = linear(
+            (heads, config.v_head_dim, config.hidden_size), ("heads", "head_dim", "embed"), contract=2
+        )
+        self.indexer = LightningIndexer(config, rngs=rngs) if config.has_indexer else None
+
+    def project(self, x: Float[Array, "B T D"], rope: Rope) -> tuple[Queries, Latents]:
+        """Queries of the tokens ``x`` and what attention keeps of them."""
+        config = self.config
+        q_latent = self.q_a_layernorm(self.q_a_proj(x))
+        nope, pe = jnp.split(self.q_b_proj(q_latent), [config.qk_nope_head_dim], axis=-1)
+        c, k_pe = jnp.split(self.kv_a_proj_with_mqa(x), [config.kv_lora_rank], axis=-1)
+        index = self.indexer.query(x, q_latent, rope) if self.indexer else None
+        index_key = self.indexer.key(x, rope) if self.indexer else None
+        queries = Queries(nope, rotate_interleaved(pe, rope), index)
+        return queries, Latents(self.kv_a_layernorm(c), rotate_interleaved(k_pe, rope), index_key)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        segment_ids: Int[Array, "B T"],
+        *,
+        with_indexer_loss: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T"], Latents]:
+        """Attention of a sequence to itself: output, indexer KL of each token (0 where not asked for), latents.
+
+        Segment 0 is padding; tokens of different segments do not see each other.
+        """
+        queries, latents = self.project(x, rope)
+        number = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), segment_ids.shape)
+        block_queries = _BlockQueries(queries, number, segment_ids)
+        if x.shape[1] <= self.config.dense_attention_max_length or not self.indexer:
+            o, kl = self._attend_mha(block_queries, latents, segment_ids, with_indexer_loss)
+        else:
+            o, kl = self._attend_mqa(block_queries, latents, segment_ids, with_indexer_loss)
+        o = checkpoint_name(o, ATTENTION_OUTPUT)
+        return self.o_proj(o), checkpoint_name(kl, ATTENTION_OUTPUT), latents
+
+    def decode(
+        self, x: Float[Array, "B T D"], rope: Rope, number: Int[Array, "B T"], cache: Latents
+    ) -> tuple[Float[Array, "B T D"], Latents]:
+        """Attention of new tokens to a cache, in MQA form; returns the output and the cache with them in it.
+
+        ``number`` is the place of each token in its sequence, which is also its place in the cache.
+        """
+        queries, new = self.project(x, rope)
+        rows = jnp.arange(x.shape[0])[:, None]
+        cache = jax.tree.map(lambda old, update: old.at[rows, number].set(update.astype(old.dtype)), cache, new)
+        everyone = jnp.ones(cache.c.shape[:2], jnp.int32)
+        block = _BlockQueries(queries, number, jnp.ones_like(number))
+        o, _ = self._sparse_block(block, (cache, everyone), with_loss=False)
+        return self.o_proj(o), cache
+
+    def selected(
+        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"]
+    ) -> Int[Array, "B T K"]:
+        """The keys that each token of ``x`` attends to: ascending indices, -1 where there are fewer than k."""
+        queries, latents = self.project(x, rope)
+        number = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), segment_ids.shape)
+        visible = Visibility(number, segment_ids, segment_ids).mask()
+        return self._select(queries.index, latents.index_key, visible)[1]
+
+    def _select(self, index: IndexQuery | None, index_key: Array | None, visible: Bool[Array, "B T S"]):
+        """Index scores and the selected indices; without an indexer, every visible key."""
+        keys = visible.shape[-1]
+        if index is None or index_key is None:
+            everything = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), visible.shape)
+            return None, jnp.where(visible, everything, -1)
+        scores = index_scores(index.q, index_key, index.w)
+        return scores, topk_indices(scores, visible, min(self.config.index_topk, keys))
+
+    def _attend_mha(self, queries: _BlockQueries, latents: Latents, segment_ids: Array, with_loss: bool):
+        """Keys and values unfolded once, masked attention in blocks."""
+        config = self.config
+        kv = self.kv_b_proj(latents.c)
+        k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
+        k_pe = jnp.broadcast_to(latents.k_pe[:, :, None], (*k_nope.shape[:-1], config.qk_rope_head_dim))
+        keys = (jnp.concatenate([k_nope, k_pe], axis=-1), v, latents.index_key, segment_ids)
+
+        def attend(block: _BlockQueries, keys):
+            k, v, index_key, key_segment = keys
+            q = jnp.concatenate([block.queries.nope, block.queries.pe], axis=-1)
+            mask = Visibility(block.number, block.segment, key_segment).mask()
+            if block.queries.index is None:
+                return dense_mla(q, k, v, mask, scale=config.softmax_scale)[0], _no_loss(block.number)
+            everything_fits = mask.shape[-1] <= config.index_topk
+            if everything_fits and not with_loss:
+                return dense_mla(q, k, v, mask, scale=config.softmax_scale)[0], _no_loss(block.number)
+            scores = index_scores(block.queries.index.q, index_key, block.queries.index.w)
+            mask = topk_mask(scores, mask, config.index_topk)
+            o, lse = dense_mla(q, k, v, mask, scale=config.softmax_scale)
+            if not with_loss:
+                return o, _no_loss(block.number)
+            return o, dense_indexer_loss(scores, mask, q, k, lse, scale=config.softmax_scale)
+
+        return map_causal_blocks(attend, queries, keys, block=config.attention_block_size)
+
+    def _attend_mqa(self, queries: _BlockQueries, latents: Latents, segment_ids: Array, with_loss: bool):
+        """Selected latents gathered, in blocks."""
+
+        def attend(block: _BlockQueries, keys):
+            return self._sparse_block(block, keys, with_loss=with_loss)
+
+        block = self.config.attention_block_size
+        return map_causal_blocks(attend, queries, (latents, segment_ids), block=block)
+
+    def _sparse_block(self, block: _BlockQueries, keys: tuple[Latents, Array], *, with_loss: bool):
+        """One block of queries over the keys it selects, in absorbed form: head outputs and indexer KL."""
+        config = self.config
+        latents, key_segment = keys
+        dtype = block.queries.nope.dtype
+        kv_b = self.kv_b_proj.weight[...].astype(dtype)
+        w_uk, w_uv = jnp.split(kv_b, [config.qk_nope_head_dim], axis=-1)
+        absorbed = jnp.einsum("bthp,chp->bthc", block.queries.nope, w_uk, preferred_element_type=jnp.float32)
+        q = jnp.concatenate([absorbed.astype(dtype), block.queries.pe], axis=-1)
+        kv = jnp.concatenate([latents.c, latents.k_pe], axis=-1)
+        visible = Visibility(block.number, block.segment, key_segment).mask()
+        scores, indices = self._select(block.queries.index, latents.index_key, visible)
+        scale = config.softmax_scale
+        o_latent, lse = sparse_mla(q, kv, indices, latent_dim=config.kv_lora_rank, scale=scale)
+        o = jnp.einsum("bthc,chv->bthv", o_latent, w_uv, preferred_element_type=jnp.float32).astype(dtype)
+        if scores is None or not with_loss:
+            return o, _no_loss(block.number)
+        return o, sparse_indexer_loss(scores, indices, q, kv, lse, scale=scale)
+
+
+def _no_loss(number: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    return jnp.zeros(number.shape, jnp.float32)

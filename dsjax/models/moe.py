@@ -1,0 +1,181 @@
+"""Mixture of experts with group-limited sigmoid routing and auxiliary-loss-free balancing."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax.config import ModelConfig
+from dsjax.models.mlp import SwiGLU, swiglu
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+
+
+class RouterBias(nnx.Variable):
+    """Correction that steers selection towards idle experts: no gradient, no decay, float32 always."""
+
+
+class Routing(NamedTuple):
+    """Where each token goes."""
+
+    experts: Int[Array, "*B K"]
+    weights: Float[Array, "*B K"]  # float32
+    scores: Float[Array, "*B E"]  # sigmoid of the router logits, float32
+
+
+class MoEStats(NamedTuple):
+    """What a layer reports for balancing."""
+
+    load: Float[Array, "E"]  # real tokens that chose each expert
+    balance_loss: Float[Array, ""]  # mean over sequences of Σ f·P, without its weight
+
+
+class Router(nnx.Module):
+    """``s = sigmoid(W_g x)``; the k best of ``s + b`` within the best groups; weights from ``s`` alone.
+
+    A group is ranked by the sum of its two best biased scores. Everything in float32. Ties go to the lowest
+    index.
+
+    Source: V3 report §2.1.2; checkpoint keys ``mlp.gate.{weight,e_score_correction_bias}``.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.hidden_size, config.n_routed_experts)
+        initial = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.weight = nnx.Param(initial.astype(config.param_dtype), axes=("embed", "experts"))
+        self.e_score_correction_bias = RouterBias(jnp.zeros(shape[1], jnp.float32), axes=("experts",))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Routing:
+        config = self.config
+        logits = jnp.matmul(x.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision="highest")
+        scores = jax.nn.sigmoid(logits)
+        biased = jax.lax.stop_gradient(scores + self.e_score_correction_bias[...])
+        _, experts = jax.lax.top_k(self._within_best_groups(biased), config.num_experts_per_tok)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if config.norm_topk_prob:
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        return Routing(experts, weights * config.routed_scaling_factor, scores)
+
+    def _within_best_groups(self, biased: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+        """Biased scores, -inf outside the ``topk_group`` best groups (not 0: biased scores can be negative)."""
+        config = self.config
+        if config.topk_group == config.n_group:
+            return biased
+        groups = biased.reshape(*biased.shape[:-1], config.n_group, -1)
+        group_scores = jnp.sum(jax.lax.top_k(groups, 2)[0], axis=-1)
+        _, best = jax.lax.top_k(group_scores, config.topk_group)
+        kept = jnp.any(best[..., None] == jnp.arange(config.n_group), axis=-2)
+        return jnp.where(kept[..., None], groups, -jnp.inf).reshape(biased.shape)
+
+
+class Experts(nnx.Module):
+    """The routed experts, stacked; every chosen (token, expert) pair is computed, none dropped.
+
+    Source: checkpoint keys ``mlp.experts.N.{gate,up,down}_proj.weight``.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        experts, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+
+        def stacked(rows: int, columns: int, axes: tuple[str, ...]):
+            initial = config.initializer_range * jax.random.normal(rngs.params(), (experts, rows, columns))
+            return nnx.Param(initial.astype(config.param_dtype), axes=("experts", *axes))
+
+        self.gate_proj = stacked(hidden, width, ("embed", "expert_mlp"))
+        self.up_proj = stacked(hidden, width, ("embed", "expert_mlp"))
+        self.down_proj = stacked(width, hidden, ("expert_mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "N D"], routing: Routing) -> Float[Array, "N D"]:
+        """``Σ_k weight_k · expert_k(x)``, accumulated and returned in float32."""
+        per_token = routing.experts.shape[-1]
+        chosen = routing.experts.reshape(-1)
+        order = jnp.argsort(chosen, stable=True)  # pairs grouped by expert
+        place = jnp.argsort(order)  # where each pair went
+        sizes = jnp.sum(chosen[:, None] == jnp.arange(self.gate_proj.shape[0]), axis=0, dtype=jnp.int32)
+        rows = _dispatch(x, order, place, per_token)
+        gate = grouped_matmul(rows, self.gate_proj[...].astype(x.dtype), sizes)
+        up = grouped_matmul(rows, self.up_proj[...].astype(x.dtype), sizes)
+        y = grouped_matmul(swiglu(gate, up), self.down_proj[...].astype(x.dtype), sizes)
+        y = _permute(y, place, order).reshape(*routing.experts.shape, -1)
+        return jnp.einsum("nk,nkd->nd", routing.weights, y.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_vjp)
+def _permute(rows: Array, order: Array, inverse: Array) -> Array:
+    """``rows[order]`` for a permutation; its gradient is a gather too, where XLA would scatter."""
+    return rows.at[order].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def _permute_fwd(rows, order, inverse):
+    return _permute(rows, order, inverse), (order, inverse)
+
+
+def _permute_bwd(residuals, d_rows):
+    order, inverse = residuals
+    return _permute(d_rows, inverse, order), None, None
+
+
+_permute.defvjp(_permute_fwd, _permute_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dispatch(x: Array, order: Array, place: Array, per_token: int) -> Array:
+    """The row of its token for every (token, expert) pair, in the order of the experts."""
+    return x.at[order // per_token].get(mode="promise_in_bounds")
+
+
+def _dispatch_fwd(x, order, place, per_token):
+    return _dispatch(x, order, place, per_token), (order, place)
+
+
+def _dispatch_bwd(per_token, residuals, d_rows):
+    order, place = residuals
+    by_token = _permute(d_rows, place, order).reshape(-1, per_token, d_rows.shape[-1])
+    return jnp.sum(by_token.astype(jnp.float32), axis=1).astype(d_rows.dtype), None, None
+
+
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+class MoE(nnx.Module):
+    """``y = Σ_k g_k · expert_k(x) + shared(x)``. Source: V3 report §2.1.2; checkpoint keys ``mlp.*``."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.gate = Router(config, rngs=rngs)
+        self.experts = Experts(config, rngs=rngs)
+        shared_width = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = SwiGLU(config, shared_width, rngs=rngs) if shared_width else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], MoEStats]:
+        """Output and balancing statistics over the tokens that are ``real``, not padding."""
+        routing = self.gate(x)
+        flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, routing))
+        y = self.experts(*flat).reshape(x.shape)
+        if self.shared_experts:
+            y = y + self.shared_experts(x).astype(jnp.float32)
+        return y.astype(x.dtype), balance_stats(routing, real)
+
+
+def balance_stats(routing: Routing, real: Bool[Array, "B T"]) -> MoEStats:
+    """Expert load and the sequence-wise balance loss ``Σ_i f_i P_i``, mean over the sequences with real tokens.
+
+    ``f_i = E/(K·T) · tokens of the sequence that chose i``; ``P_i`` is the mean of ``s_i / Σ_j s_j``. Only P
+    carries a gradient.
+
+    Source: V3 report eq. 17-20.
+    """
+    num_experts, per_token = routing.scores.shape[-1], routing.experts.shape[-1]
+    chosen = jnp.any(routing.experts[..., None] == jnp.arange(num_experts), axis=-2)
+    counts = jnp.sum(chosen & real[..., None], axis=1, dtype=jnp.float32)
+    tokens = jnp.sum(real, axis=1, dtype=jnp.float32)[:, None]
+    safe_tokens = jnp.maximum(tokens, 1)
+    share = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
+    mean_share = jnp.sum(jnp.where(real[..., None], share, 0), axis=1) / safe_tokens
+    frequency = counts * num_experts / (per_token * safe_tokens)
+    sequences = jnp.maximum(jnp.sum(tokens > 0), 1)
+    return MoEStats(jnp.sum(counts, axis=0), jnp.sum(frequency * mean_share) / sequences)

@@ -1,0 +1,41 @@
+"""Layers of one shape, their parameters stacked along a first axis and run by a scan."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from dsjax.models.mla import ATTENTION_OUTPUT
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+
+def stack_layers(
+    build: Callable[..., Layer], count: int, *, rngs: nnx.Rngs
+) -> Layer | None:
+    """``count`` layers from ``build(rngs=...)`` as one module with stacked parameters; None for no layers.
+
+    Every parameter gains a first axis named "layers".
+    """
+    if count == 0:
+        return None
+    keys = jax.random.split(rngs.params(), count)
+    layers = jax.vmap(lambda key: build(rngs=nnx.Rngs(params=key)))(keys)
+    for variable in jax.tree.leaves(layers, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        variable.set_metadata(axes=("layers", *variable.axes))
+    return layers
+
+
+def layer_at(layers: Layer, index: int) -> Layer:
+    """One layer of a stack, as an ordinary module."""
+    return jax.tree.map(lambda stacked: stacked[index], layers)
+
+
+def rematerialise(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """Wraps a layer's forward pass so that the backward pass recomputes what ``remat`` says."""
+    if remat == "none":
+        return function
+    policies = jax.checkpoint_policies
+    kept = policies.save_only_these_names(ATTENTION_OUTPUT) if remat == "layer" else policies.nothing_saveable
+    return jax.checkpoint(function, policy=kept)

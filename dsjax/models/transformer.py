@@ -1,0 +1,156 @@
+"""DeepSeek-V3.2 as a whole."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import ModelConfig
+from dsjax.models.block import DecoderLayer, LayerStats
+from dsjax.models.linear import Linear
+from dsjax.models.mla import Latents
+from dsjax.models.mtp import MultiTokenPrediction
+from dsjax.models.norms import RMSNorm
+from dsjax.models.rope import Rope, rope_at
+from dsjax.models.stack import rematerialise, stack_layers
+
+
+class Stacks(NamedTuple):
+    """One value for each stack of layers, leaves [L, ...]; None where the model has no such layers."""
+
+    dense: object | None
+    moe: object | None
+
+
+class Output(NamedTuple):
+    """A forward pass over whole sequences."""
+
+    hidden: Float[Array, "B T D"]  # after the last layer, before the final norm
+    stats: Stacks  # of LayerStats
+    latents: Stacks  # of Latents: the cache of every layer
+
+
+class Transformer(nnx.Module):
+    """Embedding, dense layers, mixture-of-experts layers, final norm, head, and the MTP module beside them.
+
+    Source: V3 report §2, V3.2-Exp report §1; checkpoint keys ``model.*``, ``lm_head.weight``.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        embedding = config.initializer_range * jax.random.normal(
+            rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32
+        )
+        self.embed_tokens = nnx.Param(embedding.astype(config.param_dtype), axes=("vocab", "embed"))
+
+        def layers(count: int, *, sparse_ffn: bool):
+            def build(*, rngs: nnx.Rngs) -> DecoderLayer:
+                return DecoderLayer(config, sparse_ffn=sparse_ffn, rngs=rngs)
+
+            return stack_layers(build, count, rngs=rngs)
+
+        self.dense_layers = layers(config.first_k_dense_replace, sparse_ffn=False)
+        self.moe_layers = layers(config.num_moe_layers, sparse_ffn=True)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = Linear(
+            (config.hidden_size, config.vocab_size),
+            ("embed", "vocab"),
+            std=config.initializer_range,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        self.mtp = MultiTokenPrediction(config, rngs=rngs) if config.num_nextn_predict_layers else None
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings in the compute dtype."""
+        return self.embed_tokens[...].astype(self.config.compute_dtype)[tokens]
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        with_indexer_loss: bool = False,
+    ) -> Output:
+        """Runs whole sequences. Positions default to 0..T-1, segments to one a sequence; segment 0 is padding."""
+        positions, segment_ids = _defaults(tokens, positions, segment_ids)
+        rope = rope_at(positions, self.config)
+
+        def run(x: Array, layer: DecoderLayer):
+            x, stats, latents = layer(x, rope, segment_ids, with_indexer_loss=with_indexer_loss)
+            return x, (stats, latents)
+
+        run = rematerialise(run, self.config.remat)
+        x, stats, latents = self.embed(tokens), [], []
+        for layers in (self.dense_layers, self.moe_layers):
+            results = (None, None)
+            if layers is not None:
+                x, results = jax.lax.scan(run, x, layers)
+            stats.append(results[0])
+            latents.append(results[1])
+        return Output(x, Stacks(*stats), Stacks(*latents))
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 logits of hidden states that have not been through the final norm."""
+        return self.lm_head(self.norm(hidden), out_dtype=jnp.float32)
+
+    def predict_second_next(
+        self,
+        hidden: Float[Array, "B T D"],
+        next_tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        with_indexer_loss: bool = False,
+    ) -> tuple[Float[Array, "B T D"], LayerStats]:
+        """The MTP module: normed states from which ``lm_head`` predicts the token after ``next_tokens``.
+
+        ``hidden`` is the main model's output; ``mtp_input`` says whether its final norm comes first.
+        """
+        if self.mtp is None:
+            raise ValueError("this model has no multi-token-prediction module: num_nextn_predict_layers is 0")
+        positions, segment_ids = _defaults(next_tokens, positions, segment_ids)
+        if self.config.mtp_input == "after_final_norm":
+            hidden = self.norm(hidden)
+        rope, embedding = rope_at(positions, self.config), self.embed(next_tokens)
+        return self.mtp(hidden, embedding, rope, segment_ids, with_indexer_loss=with_indexer_loss)
+
+    def decode(
+        self, tokens: Int[Array, "B T"], number: Int[Array, "B T"], cache: Stacks
+    ) -> tuple[Float[Array, "B T D"], Stacks]:
+        """Hidden states of new tokens against a cache, and the cache with them in it.
+
+        ``number`` counts the tokens of each sequence from 0; it is their position and their place in the cache.
+        """
+        rope: Rope = rope_at(number, self.config)
+
+        def run(x: Array, layer_and_cache: tuple[DecoderLayer, Latents]):
+            layer, layer_cache = layer_and_cache
+            return layer.decode(x, rope, number, layer_cache)
+
+        x, caches = self.embed(tokens), []
+        for layers, layer_cache in zip((self.dense_layers, self.moe_layers), cache, strict=True):
+            if layers is not None:
+                x, layer_cache = jax.lax.scan(run, x, (layers, layer_cache))
+            caches.append(layer_cache)
+        return x, Stacks(*caches)
+
+
+def _defaults(tokens, positions, segment_ids):
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segment_ids is None:
+        segment_ids = jnp.ones(tokens.shape, jnp.int32)
+    return positions, segment_ids
+
+
+def cache_from(latents: Stacks, capacity: int) -> Stacks:
+    """A cache for ``capacity`` tokens that begins with the latents of a forward pass."""
+
+    def extend(x: Array) -> Array:  # [L, B, T, ...]
+        return jnp.pad(x, [(0, 0), (0, 0), (0, capacity - x.shape[2])] + [(0, 0)] * (x.ndim - 3))
+
+    return jax.tree.map(extend, latents)

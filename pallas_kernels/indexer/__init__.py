@@ -1,0 +1,1 @@
+"""Lightning indexer: how relevant each earlier token is to each query."""

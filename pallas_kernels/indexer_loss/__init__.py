@@ -1,0 +1,1 @@
+"""The loss that teaches the indexer to rank keys as attention does."""

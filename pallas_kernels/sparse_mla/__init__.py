@@ -1,0 +1,1 @@
+"""Attention in MQA form over the selected keys only."""

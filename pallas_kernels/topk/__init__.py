@@ -1,0 +1,1 @@
+"""Exact selection of the k best keys of every query."""

@@ -1,0 +1,30 @@
+"""Which keys a query may see at all: not later ones, not padding, not other documents."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+class Visibility(NamedTuple):
+    """The limits of attention in a form that kernels can read a block at a time.
+
+    A query sees a key whose index is not above its own and whose segment is the same. Segment 0 is padding:
+    it is never seen, and its queries see nothing.
+    """
+
+    query_index: Int[Array, "B T"]  # where each query stands in the key sequence
+    query_segment: Int[Array, "B T"]
+    key_segment: Int[Array, "B S"]
+
+    def mask(self) -> Bool[Array, "B T S"]:
+        """True where the query may see the key. For one block of queries: the array is quadratic."""
+        key_index = jnp.arange(self.key_segment.shape[-1], dtype=self.query_index.dtype)
+        causal = key_index <= self.query_index[..., None]
+        same_segment = self.query_segment[..., None] == self.key_segment[:, None, :]
+        return causal & same_segment & (self.query_segment[..., None] != 0)
+
+    def keys_up_to(self, length: int) -> "Visibility":
+        """The same limits over the first ``length`` keys."""
+        return self._replace(key_segment=jax.lax.slice_in_dim(self.key_segment, 0, length, axis=1))
