@@ -1,0 +1,1 @@
+"""What a run keeps: saved states, and how they come back."""

@@ -1,0 +1,106 @@
+"""Saved states of a run, through orbax, asynchronously and whole or not at all."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grain
+import jax
+from jaxtyping import Array
+from orbax.checkpoint import v1 as ocp
+
+from dsjax.config import ConfigError
+
+Tree = TypeVar("Tree")
+
+
+def named_leaves(tree: Any) -> dict[str, Array]:
+    """The arrays of a pytree by dotted path, such as ``model.moe_layers.self_attn.o_proj.weight``."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_dotted(path): leaf for path, leaf in paths}
+
+
+def from_named_leaves(target: Tree, leaves: dict[str, Array]) -> Tree:
+    """A pytree like ``target`` with the arrays of ``leaves``. Raises KeyError for a missing one."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(target)
+    return jax.tree.unflatten(structure, [leaves[_dotted(path)] for path, _ in paths])
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+    # A variable's array is a child called "value" of the variable.
+    return ".".join(parts[:-1] if parts[-1] == "value" else parts)
+
+
+class CheckpointStore:
+    """The checkpoints of a run in ``WORKDIR/checkpoints``: the state and the place in the data, together.
+
+    Saving returns at once and finishes in the background; a checkpoint that a kill interrupts is not there.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int):
+        self.folder = workdir / "checkpoints"
+        keep_latest = ocp.training.preservation_policies.LatestN(keep)
+        self._orbax = ocp.training.Checkpointer(
+            self.folder.absolute(), preservation_policy=keep_latest, cleanup_tmp_directories=True
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        latest = self._orbax.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
+        """Starts saving; waits first for a save that is still under way."""
+        if step == self.latest_step:
+            return
+        self._orbax.wait()
+        checkpointables = {"state": named_leaves(state), "data": data}
+        self._orbax.save_checkpointables_async(step, checkpointables, force=True)
+
+    def restore(self, step: int, target: Tree, data: grain.DatasetIterator) -> Tree:
+        """The state of ``step``, shaped, typed and placed like the abstract ``target``; moves ``data`` to its place.
+
+        Raises ConfigError, naming the first array, where the checkpoint holds another model.
+        """
+        wanted = named_leaves(target)
+        self._check_same_arrays(step, wanted)
+        loaded = self._orbax.load_checkpointables(step, {"state": wanted, "data": data})
+        return from_named_leaves(target, loaded["state"])
+
+    def restore_part(self, step: int, target: Tree, *, prefix: str) -> Tree:
+        """The subtree ``prefix`` of a saved state alone, such as the model without its optimizer."""
+        wanted = {f"{prefix}.{name}": leaf for name, leaf in named_leaves(target).items()}
+        saved = self._saved_arrays(step)
+        self._check_same_arrays(step, wanted, only_these=True)
+        everything = {name: wanted.get(name, ocp.PLACEHOLDER) for name in saved}
+        loaded = self._orbax.load_checkpointables(step, {"state": everything})["state"]
+        return from_named_leaves(target, {name.removeprefix(f"{prefix}."): loaded[name] for name in wanted})
+
+    def _saved_arrays(self, step: int) -> dict[str, Any]:
+        return self._orbax.checkpointables_metadata(step).metadata["state"]
+
+    def _check_same_arrays(self, step: int, wanted: dict[str, Any], *, only_these: bool = False) -> None:
+        saved = self._saved_arrays(step)
+        surplus = [] if only_these else sorted(saved.keys() - wanted.keys())
+        for name in sorted(wanted.keys() - saved.keys()) + surplus:
+            side = "lacks" if name in wanted else "has the extra array"
+            raise ConfigError(
+                f"checkpoint {self.folder / str(step)} {side} {name}: it is of another model or optimizer; "
+                "use the configuration it was trained with, or a new --workdir"
+            )
+        for name, leaf in wanted.items():
+            if tuple(saved[name].shape) != tuple(leaf.shape):
+                raise ConfigError(
+                    f"checkpoint {self.folder / str(step)} holds {name} with shape {tuple(saved[name].shape)} and "
+                    f"the configuration asks for {tuple(leaf.shape)}: use the configuration it was trained with, "
+                    "or a new --workdir"
+                )
+
+    def wait(self) -> None:
+        """Until the save under way is on disk; raises what went wrong with it."""
+        self._orbax.wait()
+
+    def close(self) -> None:
+        """Waits and releases the threads."""
+        self._orbax.close()

@@ -1,0 +1,1 @@
+"""Training: state, optimizer, losses, one step, and the loop around it."""

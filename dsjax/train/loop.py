@@ -1,0 +1,241 @@
+"""A run from its configuration to its last checkpoint, plot and sample."""
+
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from dsjax.checkpoint.store import CheckpointStore
+from dsjax.config import RunConfig
+from dsjax.config.load import Command
+from dsjax.data import Batch, PreparedData, heldout_batches, prepare, train_batches
+from dsjax.evals.heldout import HeldoutLoss, heldout_loss
+from dsjax.inference.text import complete
+from dsjax.observe.metrics import MetricsWriter
+from dsjax.observe.model_flops import train_flops_per_token
+from dsjax.observe.plots import loss_plot
+from dsjax.observe.progress import Progress
+from dsjax.observe.throughput import Throughput, peak_flops
+from dsjax.train import workdir as workdirs
+from dsjax.train.state import TrainState, abstract_state, initial_state
+from dsjax.train.step import build_train_step
+from dsjax.train.stop import Diverged, StopSignal
+
+
+def run(command: Command) -> None:
+    """Trains as the command line says, from where the workdir stands; exits 1 where the run diverged."""
+    config, workdir = command.config, command.workdir
+    start = time.perf_counter()
+    with StopSignal() as stop:
+        for change in workdirs.claim(config, workdir):
+            print(f"changed since the run began: {change}")
+        use_compilation_cache(config.log.compilation_cache)
+        with ThreadPoolExecutor(1) as background:
+            # ---------------------------------------------------- compile while the text is prepared
+            compiled = background.submit(_compile_train_step, config)
+            prepared = prepare(config.data, vocab_size=config.model.vocab_size, workdir=workdir)
+            try:
+                Run(config, workdir, prepared, compiled, stop, start).go()
+            except Diverged as diagnosis:
+                print(diagnosis, file=sys.stderr)
+                sys.exit(1)
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in ``folder`` from one start to the next; "" turns that off."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _compile_train_step(config: RunConfig) -> tuple[Any, float]:
+    """The compiled step and the seconds that took."""
+    start = time.perf_counter()
+    shape = (config.train.batch_size, config.train.sequence_length)
+    integer, real = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, np.float32)
+    batch = Batch(tokens=integer, targets=integer, segment_ids=integer, positions=integer, loss_mask=real)
+    step = jax.jit(build_train_step(config), donate_argnums=0)
+    compiled = step.lower(abstract_state(config), batch).compile()
+    return compiled, time.perf_counter() - start
+
+
+class Run:
+    """One training run in its workdir; ``go`` is the story."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: Path,
+        prepared: PreparedData,
+        compiled: Future[tuple[Any, float]],
+        stop: StopSignal,
+        start: float,
+    ):
+        self.config, self.workdir, self.prepared, self.stop = config, workdir, prepared, stop
+        self.compiled, self.start = compiled, start
+        self.store = CheckpointStore(workdir, keep=config.checkpoint.keep)
+        shape = {
+            "batch_size": config.train.batch_size,
+            "sequence_length": config.train.sequence_length,
+            "isolate_documents": config.data.isolate_documents,
+        }
+        self.batches: grain.DatasetIterator[Batch] = train_batches(prepared, seed=config.seed, **shape)
+        self.heldout = heldout_batches(prepared, batches=config.eval.batches, **shape)
+        peak = config.log.peak_flops or peak_flops(jax.devices()[0]).flops_per_second
+        self.throughput = Throughput(
+            flops_per_token=train_flops_per_token(config.model, config.train.sequence_length),
+            peak_flops=peak * jax.device_count(),
+        )
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.last_heldout: HeldoutLoss | None = None
+
+    def go(self) -> None:
+        """Restores or initialises, trains, and leaves checkpoint, plot and sample behind."""
+        config, steps = self.config, self.config.train.steps
+        first, state = self._begin()
+        options = {"first_step": first, "every_steps": config.log.every_steps}
+        with (
+            MetricsWriter(
+                self.workdir, tensorboard=config.log.tensorboard, resume_step=first or None
+            ) as self.writer,
+            Progress(steps, speaks=jax.process_index() == 0, **options) as self.progress,
+        ):
+            # ------------------------------------------------------------ the untrained model
+            if first == 0:
+                self._evaluate(0, state)
+            with self.progress.doing("compiling"):
+                train_step, seconds = self.compiled.result()
+            ready = {"timing/compile_seconds": seconds, "timing/first_step_after_seconds": self._elapsed()}
+            self.writer.write_timing(first, ready)
+            self.progress.say(
+                f"train step compiled in {seconds:.1f} s; first step {self._elapsed():.1f} s after the start"
+            )
+            self.throughput.window(1)
+            # ------------------------------------------------------------ the steps
+            step = first
+            while step < steps and self.stop.received is None:
+                state, metrics = train_step(state, next(self.batches))
+                step += 1
+                self._report()
+                self.pending = (step, metrics)
+                self._at_intervals(step, state)
+            # ------------------------------------------------------------ the end
+            self._report()
+            self._save(step, state)
+            self.store.close()
+            if step < steps:
+                self._say_how_to_resume(step)
+            else:
+                self._finish(state)
+
+    def _begin(self) -> tuple[int, TrainState]:
+        latest = self.store.latest_step
+        if latest is None:
+            return 0, initial_state(self.config)
+        state = self.store.restore(latest, abstract_state(self.config), self.batches)
+        print(f"resumed from the checkpoint of step {latest}")
+        return latest, state
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    def _report(self) -> None:
+        """Writes the metrics of the step before the one under way, and stops a run that has diverged."""
+        if self.pending is None:
+            return
+        (step, device_metrics), self.pending = self.pending, None
+        every = self.config.log.every_steps
+        metrics = {name: float(value) for name, value in device_metrics.items()}
+        if step % every == 0 or step == self.config.train.steps:
+            tokens = self.config.train.batch_size * self.config.train.sequence_length
+            window = self.throughput.window(tokens * every)
+            self.writer.write(step, metrics)
+            speed = {"timing/tokens_per_second": window.tokens_per_second, "timing/mfu": window.mfu}
+            self.writer.write_timing(step, speed | {"timing/elapsed_seconds": self._elapsed()})
+            self.progress.update(
+                step, loss=metrics["train/loss"], tokens_per_second=window.tokens_per_second
+            )
+        self.bad_in_a_row = int(metrics["train/skipped_in_a_row"])
+        if self.bad_in_a_row:
+            self._note_bad_step(step, metrics)
+
+    bad_in_a_row = 0
+
+    def _note_bad_step(self, step: int, metrics: dict[str, float]) -> None:
+        names = ("train/loss", "train/mtp_loss", "train/balance_loss", "indexer/kl", "train/grad_norm")
+        culprits = [f"{name}={metrics[name]}" for name in names if not np.isfinite(metrics[name])]
+        culprits = culprits or [f"train/total_loss={metrics['train/total_loss']}"]
+        self.progress.say(f"step {step} skipped: {', '.join(culprits)}")
+        if self.bad_in_a_row < self.config.train.max_bad_steps:
+            return
+        self.store.wait()
+        saved = self.store.latest_step
+        kept = f"the checkpoint of step {saved} is from before them and untouched" if saved else "none was saved"
+        raise Diverged(
+            f"stopped at step {step}: {self.bad_in_a_row} steps in a row were not finite "
+            f"({', '.join(culprits)}, learning rate {metrics['train/lr']:.3g}); {kept}; lower optimizer.lr, "
+            "raise optimizer.warmup_steps, or look at the data of these steps"
+        )
+
+    def _at_intervals(self, step: int, state: TrainState) -> None:
+        """Evaluation and checkpoints, each after the metrics of its step are written."""
+        last = step == self.config.train.steps
+        evaluate = step % self.config.eval.every_steps == 0 or last
+        save = step % self.config.checkpoint.every_steps == 0 and not last
+        if evaluate or save:
+            self._report()
+        with self.throughput.paused():
+            if evaluate:
+                self._evaluate(step, state)
+            if save:
+                self._save(step, state)
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        with self.progress.doing("evaluating"):
+            loss = heldout_loss(state.model, self.heldout, self._token_bytes())
+        self.writer.write(
+            step, {"eval/loss": loss.nats_per_token, "eval/bits_per_byte": loss.bits_per_byte}
+        )
+        untrained = " (untrained)" if step == 0 else ""
+        self.progress.say(
+            f"step {step}: held-out loss {loss.nats_per_token:.3f} nats a token, "
+            f"{loss.bits_per_byte:.3f} bits per byte{untrained}"
+        )
+        self.last_heldout = loss
+
+    def _token_bytes(self) -> np.ndarray:
+        return self.prepared.tokenizer.token_bytes
+
+    def _save(self, step: int, state: TrainState) -> None:
+        """Starts a checkpoint, unless the last steps were skipped: then the one before them stays the newest."""
+        if step and not self.bad_in_a_row:
+            with self.progress.doing("saving"):
+                self.store.save(step, state, self.batches)
+
+    def _say_how_to_resume(self, step: int) -> None:
+        name = self.stop.received.name if self.stop.received else "stopped"
+        saved = f"saved at step {self.store.latest_step or step}" if step else "nothing to save yet"
+        self.progress.say(f"{name}: {saved}; run the same command again to go on")
+
+    def _finish(self, state: TrainState) -> None:
+        loss_plot(self.workdir / "metrics.jsonl", self.workdir / "loss.png")
+        settings, text = self.config.eval, ""
+        if settings.sample_tokens:
+            with self.progress.doing("sampling"):
+                text = complete(
+                    state.model,
+                    self.prepared.tokenizer,
+                    settings.sample_prompt,
+                    max_new_tokens=settings.sample_tokens,
+                    temperature=settings.sample_temperature,
+                    top_p=settings.sample_top_p,
+                    seed=self.config.seed,
+                )
+            (self.workdir / "sample.txt").write_text(text + "\n", encoding="utf-8")
+            self.progress.say(f"\n----- sample -----\n{text}\n------------------\n")
+        self.progress.say(f"done in {self._elapsed():.0f} s: checkpoints, metrics and loss.png in {self.workdir}")

@@ -1,0 +1,40 @@
+"""Everything that a training run carries from step to step."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Int
+
+from dsjax.config import RunConfig
+from dsjax.models.transformer import Transformer
+from dsjax.train.optimizer import build_optimizer
+
+
+class TrainState(NamedTuple):
+    """A pytree: what a checkpoint holds beside the data iterator."""
+
+    step: Int[Array, ""]  # optimizer steps taken or skipped
+    model: Transformer
+    optimizer: optax.OptState
+    bad_steps: Int[Array, ""]  # skipped in a row for a non-finite loss or gradient
+    bad_steps_total: Int[Array, ""]
+
+
+def initial_state(config: RunConfig) -> TrainState:
+    """A fresh state; the same seed gives the same parameters."""
+
+    def build() -> TrainState:
+        model = Transformer(config.model, rngs=nnx.Rngs(config.seed))
+        params = nnx.state(model, nnx.Param)
+        zero = jnp.int32(0)
+        return TrainState(zero, model, build_optimizer(config.optimizer).init(params), zero, zero)
+
+    return jax.jit(build)()
+
+
+def abstract_state(config: RunConfig) -> TrainState:
+    """Shapes and dtypes of ``initial_state``, nothing allocated: the target of a restore."""
+    return jax.eval_shape(lambda: initial_state(config))

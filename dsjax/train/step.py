@@ -1,0 +1,102 @@
+"""One optimizer step."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsjax.config import RunConfig, TrainConfig
+from dsjax.data.loader import Batch
+from dsjax.models.transformer import Transformer
+from dsjax.train.losses import Objective, objective, total
+from dsjax.train.optimizer import build_optimizer, learning_rate
+from dsjax.train.state import TrainState
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+def build_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function ``(state, batch) -> (state, metrics)`` for ``jax.jit`` with the state donated."""
+    optimizer = build_optimizer(config.optimizer)
+    train = config.train
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        graph, params, rest = nnx.split(state.model, nnx.Param, ...)
+        mtp_weight = _mtp_weight(train, state.step)
+
+        def loss_of(params: nnx.State) -> tuple[Float[Array, ""], Objective]:
+            parts = objective(nnx.merge(graph, params, rest), batch, train)
+            return total(parts, train, mtp_weight), parts
+
+        (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        grad_norm = optax.global_norm(gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
+        model = nnx.merge(graph, optax.apply_updates(params, updates), rest)
+        update_router_bias(model, parts.load, _bias_speed(train, state.step))
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        model, optimizer_state = _choose(good, (model, optimizer_state), (state.model, state.optimizer))
+        bad = (~good).astype(jnp.int32)
+        new_state = TrainState(
+            step=state.step + 1,
+            model=model,
+            optimizer=optimizer_state,
+            bad_steps=(state.bad_steps + 1) * bad,
+            bad_steps_total=state.bad_steps_total + bad,
+        )
+        rate = learning_rate(config.optimizer, state.step)
+        return new_state, _metrics(loss, parts, grad_norm, rate, new_state)
+
+    return train_step
+
+
+def update_router_bias(model: Transformer, load: Float[Array, "L E"], speed: Float[Array, ""] | float) -> None:
+    """``b_i += γ · sign(mean load - load_i)`` for every router, in place. Load is that of the global batch.
+
+    Source: V3 report §2.1.2.
+    """
+    change = speed * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
+    if model.moe_layers is not None:
+        bias = model.moe_layers.mlp.gate.e_score_correction_bias
+        bias[...] += change[: bias.shape[0]]
+    if model.mtp is not None:
+        model.mtp.layer.mlp.gate.e_score_correction_bias[...] += change[-1]
+
+
+def _mtp_weight(train: TrainConfig, step: Array) -> Float[Array, ""] | float:
+    if not train.mtp_switch_step:
+        return train.mtp_loss_weight
+    return jnp.where(step < train.mtp_switch_step, train.mtp_loss_weight, train.mtp_loss_weight_late)
+
+
+def _bias_speed(train: TrainConfig, step: Array) -> Float[Array, ""] | float:
+    if not train.bias_freeze_step:
+        return train.bias_update_speed
+    return jnp.where(step < train.bias_freeze_step, train.bias_update_speed, 0.0)
+
+
+def _choose(condition: Array, new: object, old: object) -> object:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _metrics(loss, parts: Objective, grad_norm, rate, state: TrainState) -> Metrics:
+    mean_load = jnp.mean(parts.load, axis=-1, keepdims=True)
+    share = parts.load / jnp.maximum(jnp.sum(parts.load, axis=-1, keepdims=True), 1)
+    entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-20)), axis=-1) / jnp.log(share.shape[-1])
+    imbalance = jnp.max(parts.load, axis=-1) / jnp.maximum(mean_load[:, 0], 1)
+    return {
+        "train/loss": parts.lm,
+        "train/total_loss": loss,
+        "train/mtp_loss": parts.mtp,
+        "train/balance_loss": parts.balance,
+        "train/grad_norm": grad_norm,
+        "train/lr": rate,
+        "train/skipped_steps": state.bad_steps_total,
+        "train/skipped_in_a_row": state.bad_steps,
+        "indexer/kl": parts.indexer_kl,
+        "moe/load_max_over_mean": jnp.mean(imbalance),
+        "moe/load_max_over_mean_worst_layer": jnp.max(imbalance),
+        "moe/load_entropy": jnp.mean(entropy),
+    }
