@@ -1,0 +1,150 @@
+"""A small model with every part of V3.2 and nothing zero in it, and how the tests compile and compare."""
+
+import dataclasses
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsjax.config import ModelConfig, presets
+from dsjax.models.rope import rope_at
+from dsjax.models.transformer import Transformer
+from pallas_kernels.indexer.api import index_scores
+
+# The same program with less machine-code tuning: compiling is most of a test's time.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def small_config(**changes) -> ModelConfig:
+    """Three layers, the first dense; 64 selected keys, a context of 2048 and hence no YaRN."""
+    small = dataclasses.replace(
+        presets.v32_tiny(),
+        vocab_size=512,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_nextn_predict_layers=0,
+        max_position_embeddings=2048,
+        num_attention_heads=4,
+        q_lora_rank=48,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        index_n_heads=32,
+        index_head_dim=32,
+        index_topk=64,
+        moe_intermediate_size=64,
+    )
+    config = dataclasses.replace(small, **changes)
+    config.check()
+    return config
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A model whose every parameter is random, norms and router biases included.
+
+    The values follow from the seed and the parameter's path alone, by numpy's frozen generator, so that
+    golden files need not store them.
+    """
+    return fill(config, lambda path, shape: random_values(path, shape, seed))
+
+
+def random_values(path: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """What ``random_model`` puts at ``path``."""
+    generator = np.random.RandomState(zlib.crc32(f"{seed} {path}".encode()))
+    noise = generator.standard_normal(shape)
+    if path.endswith("norm.weight"):
+        return 1 + 0.2 * noise
+    return 0.05 * noise
+
+
+def fill(config: ModelConfig, values) -> Transformer:
+    """A model of ``values(path, shape)``; initialising one first would only be compiled and thrown away."""
+    abstract = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    structure = jax.tree.structure(abstract)
+    leaves = [
+        jnp.asarray(values(path, variable.shape), variable.dtype) for path, variable in variables(abstract)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def with_config(model: Transformer, **changes) -> Transformer:
+    """The same parameters under a configuration that differs in how it is computed."""
+    config = dataclasses.replace(model.config, **changes)
+    abstract = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
+
+
+def variables(tree) -> list[tuple[str, nnx.Variable]]:
+    """The variables of a module or of its gradient, with dotted paths."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return [
+        (".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path), leaf)
+        for path, leaf in leaves
+    ]
+
+
+def random_tokens(config: ModelConfig, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.RandomState(seed).randint(0, config.vocab_size, shape).astype(np.int32)
+
+
+@quick_jit
+def logits_of(model: Transformer, tokens, positions=None, segment_ids=None):
+    return model.logits(model(tokens, positions, segment_ids).hidden)
+
+
+def next_token_loss(model: Transformer, tokens) -> jax.Array:
+    """Mean cross entropy of every token but the first."""
+    logits = model.logits(model(tokens).hidden)[:, :-1]
+    predicted = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - predicted)
+
+
+def through_layers(model: Transformer, function, tokens, positions=None, segment_ids=None) -> list:
+    """``function(layer, x, rope, segment_ids)`` of every layer, x being its input; one result a stack."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segment_ids is None:
+        segment_ids = jnp.ones(tokens.shape, jnp.int32)
+    rope = rope_at(positions, model.config)
+
+    def step(x, layer):
+        return layer(x, rope, segment_ids)[0], function(layer, x, rope, segment_ids)
+
+    x, results = model.embed(tokens), []
+    for layers in (model.dense_layers, model.moe_layers):
+        if layers is not None:
+            x, result = jax.lax.scan(step, x, layers)
+            results.append(result)
+    return results
+
+
+@quick_jit
+def smallest_margin(model: Transformer, tokens) -> jax.Array:
+    """How far the last selected key is above the first that is not, over all rows and layers.
+
+    As a share of the largest score in the row. Where it is not well above the rounding of float32, two right
+    programs select different keys and no longer agree to better than 1 %.
+    """
+    k = model.config.index_topk
+
+    def margin(layer, x, rope, segment_ids):
+        queries, latents = layer.self_attn.project(layer.input_layernorm(x), rope)
+        scores = index_scores(queries.index.q, latents.index_key, queries.index.w)
+        causal = jnp.tril(jnp.ones(scores.shape[1:], bool))
+        largest = jnp.max(jnp.where(causal, jnp.abs(scores), 0), axis=-1)
+        best = jax.lax.top_k(jnp.where(causal, scores, -jnp.inf), k + 1)[0]
+        gap = (best[..., k - 1] - best[..., k]) / largest
+        return jnp.min(jnp.where(jnp.arange(scores.shape[1]) >= k, gap, jnp.inf))
+
+    return jnp.min(jnp.concatenate(through_layers(model, margin, tokens)))
+
+
+def relative(a, b) -> float:
+    """``‖a - b‖ / ‖b‖`` in float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
