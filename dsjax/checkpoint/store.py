@@ -39,9 +39,9 @@ class CheckpointStore:
 
     def __init__(self, workdir: Path, *, keep: int):
         self.folder = workdir / "checkpoints"
-        keep_latest = ocp.training.preservation_policies.LatestN(keep)
+        keep_latest: Any = ocp.training.preservation_policies.LatestN(keep)
         self._orbax = ocp.training.Checkpointer(
-            self.folder.absolute(), preservation_policy=keep_latest, cleanup_tmp_directories=True
+            str(self.folder.absolute()), preservation_policy=keep_latest, cleanup_tmp_directories=True
         )
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from dsjax.data.loader import Batch
+from dsjax.models.batch import DeviceBatch
 from dsjax.models.cross_entropy import token_nll
 from dsjax.models.transformer import Transformer
 
@@ -23,14 +24,16 @@ class HeldoutLoss(NamedTuple):
 
 
 @jax.jit
-def batch_nll(model: Transformer, batch: Batch) -> Float[Array, "B T"]:
+def batch_nll(model: Transformer, batch: DeviceBatch) -> Float[Array, "B T"]:
     """Negative log-likelihood of every target in nats; 0 where none counts."""
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"]).hidden
     nll = token_nll(model.norm(hidden), model.lm_head.weight[...], batch["targets"])
     return jnp.where(batch["loss_mask"] > 0, nll, 0)
 
 
-def heldout_loss(model: Transformer, batches: Sequence[Batch], token_bytes: Int32[np.ndarray, "V"]) -> HeldoutLoss:
+def heldout_loss(
+    model: Transformer, batches: Sequence[Batch], token_bytes: Int32[np.ndarray, "V"]
+) -> HeldoutLoss:
     """Cross-entropy over ``batches``, a token and a byte of the text.
 
     ``token_bytes`` gives the UTF-8 bytes that each token stands for, 0 for control tokens; their loss counts,

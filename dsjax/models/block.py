@@ -30,7 +30,9 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = MultiHeadLatentAttention(config, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MoE(config, rngs=rngs) if sparse_ffn else SwiGLU(config, config.intermediate_size, rngs=rngs)
+        self.mlp = (
+            MoE(config, rngs=rngs) if sparse_ffn else SwiGLU(config, config.intermediate_size, rngs=rngs)
+        )
 
     def __call__(
         self,

@@ -1,10 +1,13 @@
 """Self-attention a block of queries at a time, so that nothing quadratic in the length is ever stored."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.residuals import LSE, OUTPUT, SELECTION
 
 PyTree = Any
 
@@ -12,24 +15,32 @@ PyTree = Any
 # prefix of the keys. Four stretches compute 62 % of the square, and compile four loop bodies.
 _STRETCHES = 4
 
+# What the backward pass of attention does not compute again.
+KEPT = jax.checkpoint_policies.save_only_these_names(SELECTION, OUTPUT, LSE)
+
 
 def map_causal_blocks(
-    function: Callable[[PyTree, PyTree], PyTree], queries: PyTree, keys: PyTree, *, block: int
+    function: Callable[[PyTree, PyTree], PyTree],
+    queries: PyTree,
+    keys_up_to: Callable[[int], PyTree],
+    *,
+    block: int,
 ) -> PyTree:
-    """``function(queries of one block, keys up to its end)`` over all blocks, joined along the tokens.
+    """``function(queries of one block, keys up to its end or later)`` over all blocks, joined along the tokens.
 
-    Leaves of ``queries`` and of the result are [B, T, ...], leaves of ``keys`` [B, T, ...]; query t needs keys
-    up to t only. Each block is recomputed in the backward pass: what lives across blocks is linear in T.
+    Leaves of ``queries`` and of the result are [B, T, ...]; ``keys_up_to(n)`` gives the first n keys. Only what
+    ``KEPT`` names lives from a block's forward to its backward pass, and all of it is linear in T but the
+    selection: k indices a query, or one bit a key.
     """
     length = jax.tree.leaves(queries)[0].shape[1]
     blocks = -(-length // block)
     queries = _pad_tokens(queries, blocks * block - length)
-    function = jax.checkpoint(function)
+    function = jax.checkpoint(function, policy=KEPT)
     results = []
     for first, last in _stretches(blocks):
         stretch = _take_tokens(queries, first * block, last * block)
-        visible = _take_tokens(keys, 0, min(last * block, length))
-        results.append(_map_blocks(function, stretch, visible, last - first))
+        keys = keys_up_to(min(last * block, length))
+        results.append(_map_blocks(function, stretch, keys, last - first))
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *results)
     return _take_tokens(joined, 0, length)
 
@@ -37,7 +48,7 @@ def map_causal_blocks(
 def _stretches(blocks: int) -> list[tuple[int, int]]:
     stretches = min(_STRETCHES, blocks)
     borders = [round(i * blocks / stretches) for i in range(stretches + 1)]
-    return list(zip(borders[:-1], borders[1:], strict=True))
+    return list(itertools.pairwise(borders))
 
 
 def _map_blocks(function, queries: PyTree, keys: PyTree, blocks: int) -> PyTree:

@@ -31,7 +31,9 @@ class Linear(nnx.Module):
         initial = std * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.weight = nnx.Param(initial.astype(param_dtype), axes=axes)
 
-    def __call__(self, x: Float[Array, "*B_in"], *, out_dtype: jnp.dtype | None = None) -> Float[Array, "*B_out"]:
+    def __call__(
+        self, x: Float[Array, "*B_in"], *, out_dtype: jnp.dtype | None = None
+    ) -> Float[Array, "*B_out"]:
         weight = self.weight[...].astype(x.dtype)
         split = x.ndim - self.contract
         width_in = math.prod(weight.shape[: self.contract])

@@ -17,12 +17,10 @@ from dsjax.models.rope import Rope, rotate_interleaved
 from pallas_kernels.dense_mla.api import dense_mla
 from pallas_kernels.indexer.api import index_scores
 from pallas_kernels.indexer_loss.api import dense_indexer_loss, sparse_indexer_loss
+from pallas_kernels.residuals import SELECTION
 from pallas_kernels.sparse_mla.api import sparse_mla
 from pallas_kernels.topk.api import topk_indices, topk_mask
 from pallas_kernels.visibility import Visibility
-
-# What a rematerialised layer may keep, so that its backward pass need not attend twice.
-ATTENTION_OUTPUT = "attention_output"
 
 
 class Latents(NamedTuple):
@@ -38,7 +36,7 @@ class Queries(NamedTuple):
 
     nope: Float[Array, "B T H P"]
     pe: Float[Array, "B T H R"]
-    index: IndexQuery | None
+    indexer: IndexQuery | None
 
 
 class _BlockQueries(NamedTuple):
@@ -68,7 +66,9 @@ class MultiHeadLatentAttention(nnx.Module):
 
         self.q_a_proj = linear((config.hidden_size, config.q_lora_rank), ("embed", "q_lora"))
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps, axis="q_lora")
-        self.q_b_proj = linear((config.q_lora_rank, heads, config.qk_head_dim), ("q_lora", "heads", "head_dim"))
+        self.q_b_proj = linear(
+            (config.q_lora_rank, heads, config.qk_head_dim), ("q_lora", "heads", "head_dim")
+        )
         self.kv_a_proj_with_mqa = linear(
             (config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim), ("embed", "kv_lora")
         )
@@ -112,8 +112,7 @@ class MultiHeadLatentAttention(nnx.Module):
             o, kl = self._attend_mha(block_queries, latents, segment_ids, with_indexer_loss)
         else:
             o, kl = self._attend_mqa(block_queries, latents, segment_ids, with_indexer_loss)
-        o = checkpoint_name(o, ATTENTION_OUTPUT)
-        return self.o_proj(o), checkpoint_name(kl, ATTENTION_OUTPUT), latents
+        return self.o_proj(o), kl, latents
 
     def decode(
         self, x: Float[Array, "B T D"], rope: Rope, number: Int[Array, "B T"], cache: Latents
@@ -124,7 +123,9 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         queries, new = self.project(x, rope)
         rows = jnp.arange(x.shape[0])[:, None]
-        cache = jax.tree.map(lambda old, update: old.at[rows, number].set(update.astype(old.dtype)), cache, new)
+        cache = jax.tree.map(
+            lambda old, update: old.at[rows, number].set(update.astype(old.dtype)), cache, new
+        )
         everyone = jnp.ones(cache.c.shape[:2], jnp.int32)
         block = _BlockQueries(queries, number, jnp.ones_like(number))
         o, _ = self._sparse_block(block, (cache, everyone), with_loss=False)
@@ -137,7 +138,7 @@ class MultiHeadLatentAttention(nnx.Module):
         queries, latents = self.project(x, rope)
         number = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), segment_ids.shape)
         visible = Visibility(number, segment_ids, segment_ids).mask()
-        return self._select(queries.index, latents.index_key, visible)[1]
+        return self._select(queries.indexer, latents.index_key, visible)[1]
 
     def _select(self, index: IndexQuery | None, index_key: Array | None, visible: Bool[Array, "B T S"]):
         """Index scores and the selected indices; without an indexer, every visible key."""
@@ -146,42 +147,48 @@ class MultiHeadLatentAttention(nnx.Module):
             everything = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), visible.shape)
             return None, jnp.where(visible, everything, -1)
         scores = index_scores(index.q, index_key, index.w)
-        return scores, topk_indices(scores, visible, min(self.config.index_topk, keys))
+        indices = topk_indices(scores, visible, min(self.config.index_topk, keys))
+        return scores, checkpoint_name(indices, SELECTION)
 
     def _attend_mha(self, queries: _BlockQueries, latents: Latents, segment_ids: Array, with_loss: bool):
-        """Keys and values unfolded once, masked attention in blocks."""
-        config = self.config
-        kv = self.kv_b_proj(latents.c)
-        k_nope, v = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
+        """Keys and values unfolded once, masked attention in blocks; heads before tokens, as products like it."""
+        config, scale = self.config, self.config.softmax_scale
+        k_nope, v = jnp.split(self.kv_b_proj(latents.c), [config.qk_nope_head_dim], axis=-1)
         k_pe = jnp.broadcast_to(latents.k_pe[:, :, None], (*k_nope.shape[:-1], config.qk_rope_head_dim))
-        keys = (jnp.concatenate([k_nope, k_pe], axis=-1), v, latents.index_key, segment_ids)
+        k = jnp.concatenate([k_nope, k_pe], axis=-1).swapaxes(1, 2)
+        v = v.swapaxes(1, 2)
+
+        def keys_up_to(n: int):
+            index_key = None if latents.index_key is None else latents.index_key[:, :n]
+            return k[:, :, :n], v[:, :, :n], index_key, segment_ids[:, :n]
 
         def attend(block: _BlockQueries, keys):
             k, v, index_key, key_segment = keys
-            q = jnp.concatenate([block.queries.nope, block.queries.pe], axis=-1)
+            q = jnp.concatenate([block.queries.nope, block.queries.pe], axis=-1).swapaxes(1, 2)
             mask = Visibility(block.number, block.segment, key_segment).mask()
-            if block.queries.index is None:
-                return dense_mla(q, k, v, mask, scale=config.softmax_scale)[0], _no_loss(block.number)
-            everything_fits = mask.shape[-1] <= config.index_topk
-            if everything_fits and not with_loss:
-                return dense_mla(q, k, v, mask, scale=config.softmax_scale)[0], _no_loss(block.number)
-            scores = index_scores(block.queries.index.q, index_key, block.queries.index.w)
-            mask = topk_mask(scores, mask, config.index_topk)
-            o, lse = dense_mla(q, k, v, mask, scale=config.softmax_scale)
-            if not with_loss:
-                return o, _no_loss(block.number)
-            return o, dense_indexer_loss(scores, mask, q, k, lse, scale=config.softmax_scale)
+            index, kl = block.queries.indexer, _no_loss(block.number)
+            if index is not None and (with_loss or mask.shape[-1] > config.index_topk):
+                scores = index_scores(index.q, index_key, index.w)
+                mask = _kept_as_bits(topk_mask(scores, mask, config.index_topk))
+                o, lse = dense_mla(q, k, v, mask, scale=scale)
+                if with_loss:
+                    kl = dense_indexer_loss(scores, mask, q, k, lse, scale=scale)
+            else:
+                o, _ = dense_mla(q, k, v, mask, scale=scale)
+            return o.swapaxes(1, 2), kl
 
-        return map_causal_blocks(attend, queries, keys, block=config.attention_block_size)
+        return map_causal_blocks(attend, queries, keys_up_to, block=config.attention_block_size)
 
     def _attend_mqa(self, queries: _BlockQueries, latents: Latents, segment_ids: Array, with_loss: bool):
         """Selected latents gathered, in blocks."""
 
+        def keys_up_to(n: int):
+            return jax.tree.map(lambda x: x[:, :n], (latents, segment_ids))
+
         def attend(block: _BlockQueries, keys):
             return self._sparse_block(block, keys, with_loss=with_loss)
 
-        block = self.config.attention_block_size
-        return map_causal_blocks(attend, queries, (latents, segment_ids), block=block)
+        return map_causal_blocks(attend, queries, keys_up_to, block=self.config.attention_block_size)
 
     def _sparse_block(self, block: _BlockQueries, keys: tuple[Latents, Array], *, with_loss: bool):
         """One block of queries over the keys it selects, in absorbed form: head outputs and indexer KL."""
@@ -194,7 +201,7 @@ class MultiHeadLatentAttention(nnx.Module):
         q = jnp.concatenate([absorbed.astype(dtype), block.queries.pe], axis=-1)
         kv = jnp.concatenate([latents.c, latents.k_pe], axis=-1)
         visible = Visibility(block.number, block.segment, key_segment).mask()
-        scores, indices = self._select(block.queries.index, latents.index_key, visible)
+        scores, indices = self._select(block.queries.indexer, latents.index_key, visible)
         scale = config.softmax_scale
         o_latent, lse = sparse_mla(q, kv, indices, latent_dim=config.kv_lora_rank, scale=scale)
         o = jnp.einsum("bthc,chv->bthv", o_latent, w_uv, preferred_element_type=jnp.float32).astype(dtype)
@@ -205,3 +212,9 @@ class MultiHeadLatentAttention(nnx.Module):
 
 def _no_loss(number: Int[Array, "B T"]) -> Float[Array, "B T"]:
     return jnp.zeros(number.shape, jnp.float32)
+
+
+def _kept_as_bits(mask: Bool[Array, "B T S"]) -> Bool[Array, "B T S"]:
+    """The mask, such that a rematerialised program may keep it, one bit a key: k indices would take more."""
+    bits = checkpoint_name(jnp.packbits(mask, axis=-1), SELECTION)
+    return jnp.unpackbits(bits, axis=-1, count=mask.shape[-1]).astype(bool)

@@ -1,6 +1,5 @@
 """Mixture of experts with group-limited sigmoid routing and auxiliary-loss-free balancing."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -90,12 +89,11 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "N D"], routing: Routing) -> Float[Array, "N D"]:
         """``Σ_k weight_k · expert_k(x)``, accumulated and returned in float32."""
-        per_token = routing.experts.shape[-1]
         chosen = routing.experts.reshape(-1)
         order = jnp.argsort(chosen, stable=True)  # pairs grouped by expert
         place = jnp.argsort(order)  # where each pair went
         sizes = jnp.sum(chosen[:, None] == jnp.arange(self.gate_proj.shape[0]), axis=0, dtype=jnp.int32)
-        rows = _dispatch(x, order, place, per_token)
+        rows = _dispatch(x, order, place)
         gate = grouped_matmul(rows, self.gate_proj[...].astype(x.dtype), sizes)
         up = grouped_matmul(rows, self.up_proj[...].astype(x.dtype), sizes)
         y = grouped_matmul(swiglu(gate, up), self.down_proj[...].astype(x.dtype), sizes)
@@ -103,7 +101,7 @@ class Experts(nnx.Module):
         return jnp.einsum("nk,nkd->nd", routing.weights, y.astype(jnp.float32))
 
 
-@functools.partial(jax.custom_vjp)
+@jax.custom_vjp
 def _permute(rows: Array, order: Array, inverse: Array) -> Array:
     """``rows[order]`` for a permutation; its gradient is a gather too, where XLA would scatter."""
     return rows.at[order].get(mode="promise_in_bounds", unique_indices=True)
@@ -121,19 +119,20 @@ def _permute_bwd(residuals, d_rows):
 _permute.defvjp(_permute_fwd, _permute_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _dispatch(x: Array, order: Array, place: Array, per_token: int) -> Array:
+@jax.custom_vjp
+def _dispatch(x: Array, order: Array, place: Array) -> Array:
     """The row of its token for every (token, expert) pair, in the order of the experts."""
+    per_token = order.shape[0] // x.shape[0]
     return x.at[order // per_token].get(mode="promise_in_bounds")
 
 
-def _dispatch_fwd(x, order, place, per_token):
-    return _dispatch(x, order, place, per_token), (order, place)
+def _dispatch_fwd(x, order, place):
+    return _dispatch(x, order, place), (order, place, x.shape[0])
 
 
-def _dispatch_bwd(per_token, residuals, d_rows):
-    order, place = residuals
-    by_token = _permute(d_rows, place, order).reshape(-1, per_token, d_rows.shape[-1])
+def _dispatch_bwd(residuals, d_rows):
+    order, place, tokens = residuals
+    by_token = _permute(d_rows, place, order).reshape(tokens, -1, d_rows.shape[-1])
     return jnp.sum(by_token.astype(jnp.float32), axis=1).astype(d_rows.dtype), None, None
 
 

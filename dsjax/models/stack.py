@@ -6,14 +6,12 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from dsjax.models.mla import ATTENTION_OUTPUT
+from dsjax.models.causal_blocks import KEPT
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 
-def stack_layers(
-    build: Callable[..., Layer], count: int, *, rngs: nnx.Rngs
-) -> Layer | None:
+def stack_layers(build: Callable[..., Layer], count: int, *, rngs: nnx.Rngs) -> Layer | None:
     """``count`` layers from ``build(rngs=...)`` as one module with stacked parameters; None for no layers.
 
     Every parameter gains a first axis named "layers".
@@ -36,6 +34,4 @@ def rematerialise(function: Callable[..., Any], remat: str) -> Callable[..., Any
     """Wraps a layer's forward pass so that the backward pass recomputes what ``remat`` says."""
     if remat == "none":
         return function
-    policies = jax.checkpoint_policies
-    kept = policies.save_only_these_names(ATTENTION_OUTPUT) if remat == "layer" else policies.nothing_saveable
-    return jax.checkpoint(function, policy=kept)
+    return jax.checkpoint(function, policy=KEPT if remat == "layer" else None)

@@ -1,6 +1,6 @@
 """DeepSeek-V3.2 as a whole."""
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +11,28 @@ from dsjax.config import ModelConfig
 from dsjax.models.block import DecoderLayer, LayerStats
 from dsjax.models.linear import Linear
 from dsjax.models.mla import Latents
+from dsjax.models.moe import MoE, Router
 from dsjax.models.mtp import MultiTokenPrediction
 from dsjax.models.norms import RMSNorm
 from dsjax.models.rope import Rope, rope_at
 from dsjax.models.stack import rematerialise, stack_layers
 
+T = TypeVar("T")
 
-class Stacks(NamedTuple):
+
+class Stacks(NamedTuple, Generic[T]):
     """One value for each stack of layers, leaves [L, ...]; None where the model has no such layers."""
 
-    dense: object | None
-    moe: object | None
+    dense: T | None
+    moe: T | None
 
 
 class Output(NamedTuple):
     """A forward pass over whole sequences."""
 
     hidden: Float[Array, "B T D"]  # after the last layer, before the final norm
-    stats: Stacks  # of LayerStats
-    latents: Stacks  # of Latents: the cache of every layer
+    stats: Stacks[LayerStats]
+    latents: Stacks[Latents]  # the cache of every layer
 
 
 class Transformer(nnx.Module):
@@ -62,6 +65,12 @@ class Transformer(nnx.Module):
             rngs=rngs,
         )
         self.mtp = MultiTokenPrediction(config, rngs=rngs) if config.num_nextn_predict_layers else None
+
+    @property
+    def routers(self) -> list[Router]:
+        """The routers in the order in which losses and loads list them: the stack of the layers, then MTP's."""
+        layers = [self.moe_layers, self.mtp.layer if self.mtp else None]
+        return [layer.mlp.gate for layer in layers if layer is not None and isinstance(layer.mlp, MoE)]
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings in the compute dtype."""
@@ -119,8 +128,8 @@ class Transformer(nnx.Module):
         return self.mtp(hidden, embedding, rope, segment_ids, with_indexer_loss=with_indexer_loss)
 
     def decode(
-        self, tokens: Int[Array, "B T"], number: Int[Array, "B T"], cache: Stacks
-    ) -> tuple[Float[Array, "B T D"], Stacks]:
+        self, tokens: Int[Array, "B T"], number: Int[Array, "B T"], cache: Stacks[Latents]
+    ) -> tuple[Float[Array, "B T D"], Stacks[Latents]]:
         """Hidden states of new tokens against a cache, and the cache with them in it.
 
         ``number`` counts the tokens of each sequence from 0; it is their position and their place in the cache.
@@ -133,7 +142,7 @@ class Transformer(nnx.Module):
 
         x, caches = self.embed(tokens), []
         for layers, layer_cache in zip((self.dense_layers, self.moe_layers), cache, strict=True):
-            if layers is not None:
+            if layers is not None and layer_cache is not None:
                 x, layer_cache = jax.lax.scan(run, x, (layers, layer_cache))
             caches.append(layer_cache)
         return x, Stacks(*caches)
@@ -147,7 +156,7 @@ def _defaults(tokens, positions, segment_ids):
     return positions, segment_ids
 
 
-def cache_from(latents: Stacks, capacity: int) -> Stacks:
+def cache_from(latents: Stacks[Latents], capacity: int) -> Stacks[Latents]:
     """A cache for ``capacity`` tokens that begins with the latents of a forward pass."""
 
     def extend(x: Array) -> Array:  # [L, B, T, ...]

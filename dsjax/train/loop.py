@@ -16,6 +16,7 @@ from dsjax.config.load import Command
 from dsjax.data import Batch, PreparedData, heldout_batches, prepare, train_batches
 from dsjax.evals.heldout import HeldoutLoss, heldout_loss
 from dsjax.inference.text import complete
+from dsjax.models.batch import DeviceBatch
 from dsjax.observe.metrics import MetricsWriter
 from dsjax.observe.model_flops import train_flops_per_token
 from dsjax.observe.plots import loss_plot
@@ -57,8 +58,11 @@ def _compile_train_step(config: RunConfig) -> tuple[Any, float]:
     """The compiled step and the seconds that took."""
     start = time.perf_counter()
     shape = (config.train.batch_size, config.train.sequence_length)
-    integer, real = jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, np.float32)
-    batch = Batch(tokens=integer, targets=integer, segment_ids=integer, positions=integer, loss_mask=real)
+    integer: Any = jax.ShapeDtypeStruct(shape, np.int32)
+    real: Any = jax.ShapeDtypeStruct(shape, np.float32)
+    batch = DeviceBatch(
+        tokens=integer, targets=integer, segment_ids=integer, positions=integer, loss_mask=real
+    )
     step = jax.jit(build_train_step(config), donate_argnums=0)
     compiled = step.lower(abstract_state(config), batch).compile()
     return compiled, time.perf_counter() - start
@@ -98,12 +102,16 @@ class Run:
         """Restores or initialises, trains, and leaves checkpoint, plot and sample behind."""
         config, steps = self.config, self.config.train.steps
         first, state = self._begin()
-        options = {"first_step": first, "every_steps": config.log.every_steps}
         with (
             MetricsWriter(
                 self.workdir, tensorboard=config.log.tensorboard, resume_step=first or None
             ) as self.writer,
-            Progress(steps, speaks=jax.process_index() == 0, **options) as self.progress,
+            Progress(
+                steps,
+                first_step=first,
+                every_steps=config.log.every_steps,
+                speaks=jax.process_index() == 0,
+            ) as self.progress,
         ):
             # ------------------------------------------------------------ the untrained model
             if first == 0:
@@ -157,9 +165,7 @@ class Run:
             self.writer.write(step, metrics)
             speed = {"timing/tokens_per_second": window.tokens_per_second, "timing/mfu": window.mfu}
             self.writer.write_timing(step, speed | {"timing/elapsed_seconds": self._elapsed()})
-            self.progress.update(
-                step, loss=metrics["train/loss"], tokens_per_second=window.tokens_per_second
-            )
+            self.progress.update(step, loss=metrics["train/loss"], tokens_per_second=window.tokens_per_second)
         self.bad_in_a_row = int(metrics["train/skipped_in_a_row"])
         if self.bad_in_a_row:
             self._note_bad_step(step, metrics)
@@ -175,7 +181,9 @@ class Run:
             return
         self.store.wait()
         saved = self.store.latest_step
-        kept = f"the checkpoint of step {saved} is from before them and untouched" if saved else "none was saved"
+        kept = (
+            f"the checkpoint of step {saved} is from before them and untouched" if saved else "none was saved"
+        )
         raise Diverged(
             f"stopped at step {step}: {self.bad_in_a_row} steps in a row were not finite "
             f"({', '.join(culprits)}, learning rate {metrics['train/lr']:.3g}); {kept}; lower optimizer.lr, "
@@ -198,9 +206,7 @@ class Run:
     def _evaluate(self, step: int, state: TrainState) -> None:
         with self.progress.doing("evaluating"):
             loss = heldout_loss(state.model, self.heldout, self._token_bytes())
-        self.writer.write(
-            step, {"eval/loss": loss.nats_per_token, "eval/bits_per_byte": loss.bits_per_byte}
-        )
+        self.writer.write(step, {"eval/loss": loss.nats_per_token, "eval/bits_per_byte": loss.bits_per_byte})
         untrained = " (untrained)" if step == 0 else ""
         self.progress.say(
             f"step {step}: held-out loss {loss.nats_per_token:.3f} nats a token, "
@@ -224,18 +230,12 @@ class Run:
 
     def _finish(self, state: TrainState) -> None:
         loss_plot(self.workdir / "metrics.jsonl", self.workdir / "loss.png")
-        settings, text = self.config.eval, ""
+        settings = self.config.eval
         if settings.sample_tokens:
             with self.progress.doing("sampling"):
-                text = complete(
-                    state.model,
-                    self.prepared.tokenizer,
-                    settings.sample_prompt,
-                    max_new_tokens=settings.sample_tokens,
-                    temperature=settings.sample_temperature,
-                    top_p=settings.sample_top_p,
-                    seed=self.config.seed,
-                )
+                text = complete(state.model, self.prepared.tokenizer, settings, seed=self.config.seed)
             (self.workdir / "sample.txt").write_text(text + "\n", encoding="utf-8")
             self.progress.say(f"\n----- sample -----\n{text}\n------------------\n")
-        self.progress.say(f"done in {self._elapsed():.0f} s: checkpoints, metrics and loss.png in {self.workdir}")
+        self.progress.say(
+            f"done in {self._elapsed():.0f} s: checkpoints, metrics and loss.png in {self.workdir}"
+        )

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import TrainConfig
-from dsjax.data.loader import Batch
+from dsjax.models.batch import DeviceBatch
 from dsjax.models.block import LayerStats
 from dsjax.models.cross_entropy import cross_entropy_sum
+from dsjax.models.moe import MoEStats
 from dsjax.models.transformer import Transformer
 
 
@@ -23,7 +24,7 @@ class Objective(NamedTuple):
     load: Float[Array, "L E"]  # tokens that chose each expert, a row a router, MTP's last
 
 
-def objective(model: Transformer, batch: Batch, config: TrainConfig) -> Objective:
+def objective(model: Transformer, batch: DeviceBatch, config: TrainConfig) -> Objective:
     """Runs the model once and measures every part of the loss."""
     with_kl = model.config.has_indexer and config.indexer_loss_weight > 0
     output = model(batch["tokens"], batch["positions"], batch["segment_ids"], with_indexer_loss=with_kl)
@@ -33,11 +34,15 @@ def objective(model: Transformer, batch: Batch, config: TrainConfig) -> Objectiv
     mtp = jnp.float32(0)
     if model.mtp is not None:
         hidden, mtp_stats = model.predict_second_next(
-            output.hidden, batch["targets"], batch["positions"], batch["segment_ids"], with_indexer_loss=with_kl
+            output.hidden,
+            batch["targets"],
+            batch["positions"],
+            batch["segment_ids"],
+            with_indexer_loss=with_kl,
         )
         mtp = _mean_nll(hidden, head, *second_next(batch))
         layers.append(_as_stack(mtp_stats))
-    routers = [stats.moe for stats in layers if stats.moe is not None]
+    routers: list[MoEStats] = [stats.moe for stats in layers if stats.moe is not None]
     return Objective(
         lm=lm,
         mtp=mtp,
@@ -57,7 +62,7 @@ def total(parts: Objective, config: TrainConfig, mtp_weight: Float[Array, ""] | 
     )
 
 
-def second_next(batch: Batch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+def second_next(batch: DeviceBatch) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """Targets of the MTP module, ``t_{i+2}``, and which of them count.
 
     The last token has none; and where documents are isolated, neither has one whose next token or the one after

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from dsjax.config import OptimizerConfig
 
 
-def learning_rate(config: OptimizerConfig, step: Int[Array, ""] | int) -> Float[Array, ""]:
+def learning_rate(config: OptimizerConfig, step: ArrayLike) -> Float[Array, ""]:
     """Rate of optimizer step ``step`` (from 0): warm-up, plateau, cosine to a floor, and a last lower floor.
 
     Source: V3 report §4.2.
@@ -50,15 +51,18 @@ def decayed(params: nnx.State) -> nnx.State:
 def _with_moment_dtype(adam: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
     """Keeps both moments in ``dtype`` between steps; the update itself runs in float32."""
 
-    def cast(state: optax.ScaleByAdamState, to: jnp.dtype) -> optax.ScaleByAdamState:
+    def cast(state: optax.OptState, to: jnp.dtype) -> optax.OptState:
+        assert isinstance(state, optax.ScaleByAdamState)
         mu, nu = jax.tree.map(lambda moment: moment.astype(to), (state.mu, state.nu))
         return state._replace(mu=mu, nu=nu)
 
-    def init(params):
+    def init(params: optax.Params) -> optax.OptState:
         return cast(adam.init(params), dtype)
 
-    def update(gradients, state, params=None):
-        updates, state = adam.update(gradients, cast(state, jnp.dtype("float32")), params)
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = adam.update(updates, cast(state, jnp.dtype("float32")), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)

@@ -1,5 +1,6 @@
 """One optimizer step."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsjax.config import RunConfig, TrainConfig
-from dsjax.data.loader import Batch
+from dsjax.models.batch import DeviceBatch
 from dsjax.models.transformer import Transformer
 from dsjax.train.losses import Objective, objective, total
 from dsjax.train.optimizer import build_optimizer, learning_rate
@@ -18,12 +19,12 @@ from dsjax.train.state import TrainState
 Metrics = dict[str, Float[Array, ""]]
 
 
-def build_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def build_train_step(config: RunConfig) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]:
     """The function ``(state, batch) -> (state, metrics)`` for ``jax.jit`` with the state donated."""
     optimizer = build_optimizer(config.optimizer)
     train = config.train
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         graph, params, rest = nnx.split(state.model, nnx.Param, ...)
         mtp_weight = _mtp_weight(train, state.step)
 
@@ -37,7 +38,8 @@ def build_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[T
         model = nnx.merge(graph, optax.apply_updates(params, updates), rest)
         update_router_bias(model, parts.load, _bias_speed(train, state.step))
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        model, optimizer_state = _choose(good, (model, optimizer_state), (state.model, state.optimizer))
+        keep = functools.partial(jnp.where, good)
+        model, optimizer_state = jax.tree.map(keep, (model, optimizer_state), (state.model, state.optimizer))
         bad = (~good).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
@@ -52,17 +54,20 @@ def build_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[T
     return train_step
 
 
-def update_router_bias(model: Transformer, load: Float[Array, "L E"], speed: Float[Array, ""] | float) -> None:
+def update_router_bias(
+    model: Transformer, load: Float[Array, "L E"], speed: Float[Array, ""] | float
+) -> None:
     """``b_i += γ · sign(mean load - load_i)`` for every router, in place. Load is that of the global batch.
 
     Source: V3 report §2.1.2.
     """
     change = speed * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
-    if model.moe_layers is not None:
-        bias = model.moe_layers.mlp.gate.e_score_correction_bias
-        bias[...] += change[: bias.shape[0]]
-    if model.mtp is not None:
-        model.mtp.layer.mlp.gate.e_score_correction_bias[...] += change[-1]
+    first = 0
+    for router in model.routers:
+        bias = router.e_score_correction_bias
+        count = 1 if bias.ndim == 1 else bias.shape[0]
+        bias[...] += change[first : first + count].reshape(bias.shape)
+        first += count
 
 
 def _mtp_weight(train: TrainConfig, step: Array) -> Float[Array, ""] | float:
@@ -75,10 +80,6 @@ def _bias_speed(train: TrainConfig, step: Array) -> Float[Array, ""] | float:
     if not train.bias_freeze_step:
         return train.bias_update_speed
     return jnp.where(step < train.bias_freeze_step, train.bias_update_speed, 0.0)
-
-
-def _choose(condition: Array, new: object, old: object) -> object:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
 def _metrics(loss, parts: Objective, grad_norm, rate, state: TrainState) -> Metrics:

@@ -10,7 +10,12 @@ from dsjax.config.record import to_dict
 # What decides the parameters' shapes and which batch comes next: a run cannot go on with another value.
 _FIXED = ("model.", "data.", "seed", "train.batch_size", "train.sequence_length", "optimizer.moment_dtype")
 # Part of the model's configuration that changes how it is computed, not what.
-_FREE = ("model.compute_dtype", "model.remat", "model.attention_block_size", "model.dense_attention_max_length")
+_FREE = (
+    "model.compute_dtype",
+    "model.remat",
+    "model.attention_block_size",
+    "model.dense_attention_max_length",
+)
 
 
 def claim(config: RunConfig, workdir: Path) -> list[str]:
@@ -37,7 +42,9 @@ def _read(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(f"{path} is not readable JSON ({error}): repair it, or use a new --workdir") from None
+        raise ConfigError(
+            f"{path} is not readable JSON ({error}): repair it, or use a new --workdir"
+        ) from None
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -1,28 +1,58 @@
 """The contract of masked multi-head attention, in plain jnp."""
 
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.softmax import masked_softmax
+from pallas_kernels.residuals import LSE, OUTPUT
+from pallas_kernels.softmax import exp_minus, sum_exp
 
 
 def masked_scores(
-    q: Float[Array, "B T H Q"], k: Float[Array, "B S H Q"], mask: Bool[Array, "B T S"], scale: float
+    q: Float[Array, "B H T Q"], k: Float[Array, "B H S Q"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B H T S"]:
-    """``scale · q kᵀ`` in float32, -inf where masked."""
-    scores = jnp.einsum("bthq,bshq->bhts", q * scale, k, preferred_element_type=jnp.float32)
+    """``q kᵀ`` in float32, -inf where masked. The softmax scale is in ``q`` already."""
+    scores = jnp.einsum("bhtq,bhsq->bhts", q, k, preferred_element_type=jnp.float32)
     return jnp.where(mask[:, None], scores, -jnp.inf)
 
 
 def dense_mla(
-    q: Float[Array, "B T H Q"],
-    k: Float[Array, "B S H Q"],
-    v: Float[Array, "B S H V"],
+    q: Float[Array, "B H T Q"],
+    k: Float[Array, "B H S Q"],
+    v: Float[Array, "B H S V"],
     mask: Bool[Array, "B T S"],
     *,
     scale: float,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B T H"]]:
+) -> tuple[Float[Array, "B H T V"], Float[Array, "B H T"]]:
     """See ``api.dense_mla``."""
-    weights, lse = masked_softmax(masked_scores(q, k, mask, scale))
-    o = jnp.einsum("bhts,bshv->bthv", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return o.astype(v.dtype), lse.transpose(0, 2, 1)
+    return _attend(q * scale, k, v, mask)
+
+
+@jax.custom_vjp
+def _attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
+    exponentials, total, lse = sum_exp(masked_scores(q, k, mask))
+    o = jnp.einsum("bhts,bhsv->bhtv", exponentials.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (o / total[..., None]).astype(v.dtype), lse
+
+
+def _forward(q, k, v, mask):
+    o, lse = _attend(q, k, v, mask)
+    o, lse = checkpoint_name(o, OUTPUT), checkpoint_name(lse, LSE)
+    return (o, lse), (q, k, v, mask, o, lse)
+
+
+def _backward(residuals, gradients):
+    q, k, v, mask, o, lse = residuals
+    d_o, d_lse = gradients
+    p = exp_minus(masked_scores(q, k, mask), lse)
+    delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
+    d_p = jnp.einsum("bhtv,bhsv->bhts", d_o, v, preferred_element_type=jnp.float32)
+    d_scores = (p * (d_p - delta[..., None])).astype(q.dtype)
+    d_v = jnp.einsum("bhts,bhtv->bhsv", p.astype(d_o.dtype), d_o, preferred_element_type=jnp.float32)
+    d_q = jnp.einsum("bhts,bhsq->bhtq", d_scores, k, preferred_element_type=jnp.float32)
+    d_k = jnp.einsum("bhts,bhtq->bhsq", d_scores, q, preferred_element_type=jnp.float32)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_attend.defvjp(_forward, _backward)

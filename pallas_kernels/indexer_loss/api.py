@@ -9,9 +9,9 @@ from pallas_kernels.platform import choose
 def dense_indexer_loss(
     scores: Float[Array, "B T S"],
     mask: Bool[Array, "B T S"],
-    q: Float[Array, "B T H Q"],
-    k: Float[Array, "B S H Q"],
-    lse: Float[Array, "B T H"],
+    q: Float[Array, "B H T Q"],
+    k: Float[Array, "B H S Q"],
+    lse: Float[Array, "B H T"],
     *,
     scale: float,
     implementation: str | None = None,

@@ -9,16 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dense_mla.reference import masked_scores
+from pallas_kernels.softmax import exp_minus
 from pallas_kernels.sparse_mla.reference import gather_rows, selected_scores
 
 
-def _mean_over_heads(
-    scores: Float[Array, "*B S"], lse: Float[Array, "*B"], *, head_axis: int
-) -> Float[Array, "..."]:
+def _mean_over_heads(scores: Array, lse: Array, *, head_axis: int) -> Array:
     """Attention probabilities from masked scores and their log-sum-exp, averaged over the heads; a constant."""
-    finite_lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
-    p = jnp.mean(jnp.exp(scores - finite_lse[..., None]), axis=head_axis)
-    return jax.lax.stop_gradient(p)
+    return jax.lax.stop_gradient(jnp.mean(exp_minus(scores, lse), axis=head_axis))
 
 
 def _kl_rows(p: Float[Array, "B T S"], scores: Float[Array, "B T S"], mask: Bool[Array, "B T S"]):
@@ -32,15 +29,15 @@ def _kl_rows(p: Float[Array, "B T S"], scores: Float[Array, "B T S"], mask: Bool
 def dense_indexer_loss(
     scores: Float[Array, "B T S"],
     mask: Bool[Array, "B T S"],
-    q: Float[Array, "B T H Q"],
-    k: Float[Array, "B S H Q"],
-    lse: Float[Array, "B T H"],
+    q: Float[Array, "B H T Q"],
+    k: Float[Array, "B H S Q"],
+    lse: Float[Array, "B H T"],
     *,
     scale: float,
 ) -> Float[Array, "B T"]:
     """See ``api.dense_indexer_loss``."""
-    attention = masked_scores(q, k, mask, scale)
-    p = _mean_over_heads(attention, lse.transpose(0, 2, 1), head_axis=1)
+    attention = masked_scores(q * scale, k, mask)
+    p = _mean_over_heads(attention, lse, head_axis=1)
     return _kl_rows(p, scores, mask)
 
 
@@ -54,7 +51,7 @@ def sparse_indexer_loss(
     scale: float,
 ) -> Float[Array, "B T"]:
     """See ``api.sparse_indexer_loss``."""
-    attention = selected_scores(q, gather_rows(kv, indices), indices, scale)
+    attention = selected_scores(q * scale, gather_rows(kv, indices), indices)
     p = _mean_over_heads(attention, lse, head_axis=2)
     selected = jnp.take_along_axis(scores, jnp.maximum(indices, 0), axis=-1)
     return _kl_rows(p, selected, indices >= 0)

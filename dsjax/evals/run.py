@@ -1,0 +1,63 @@
+"""What ``eval.py`` does: the newest checkpoint of a workdir on its held-out text."""
+
+import json
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from dsjax.checkpoint.store import CheckpointStore
+from dsjax.config import ConfigError, RunConfig
+from dsjax.config.load import Command
+from dsjax.data import heldout_batches, prepare
+from dsjax.evals.heldout import heldout_loss
+from dsjax.inference.text import complete
+from dsjax.models.transformer import Transformer
+
+
+def run(command: Command) -> None:
+    """Prints the held-out loss and a sample, and writes the figures to ``WORKDIR/eval.json``.
+
+    ``eval.batches`` says how much of the held-out text is used, the ``eval.sample_*`` fields what is written.
+    """
+    config, workdir = command.config, command.workdir
+    model, step = load_model(config, workdir)
+    prepared = prepare(config.data, vocab_size=config.model.vocab_size, workdir=workdir)
+    batches = heldout_batches(
+        prepared,
+        batch_size=config.train.batch_size,
+        sequence_length=config.train.sequence_length,
+        isolate_documents=config.data.isolate_documents,
+        batches=config.eval.batches,
+    )
+    loss = heldout_loss(model, batches, prepared.tokenizer.token_bytes)
+    figures = {
+        "step": step,
+        "eval/loss": loss.nats_per_token,
+        "eval/bits_per_byte": loss.bits_per_byte,
+        "tokens": loss.tokens,
+    }
+    (workdir / "eval.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(
+        f"step {step}: {loss.nats_per_token:.4f} nats a token, {loss.bits_per_byte:.4f} bits per byte "
+        f"over {loss.tokens:,} held-out tokens"
+    )
+    if config.eval.sample_tokens:
+        print(complete(model, prepared.tokenizer, config.eval, seed=config.seed))
+
+
+def load_model(config: RunConfig, workdir: Path) -> tuple[Transformer, int]:
+    """The model of the newest checkpoint in ``workdir``, without its optimizer, and its step.
+
+    Raises ConfigError where there is no checkpoint, or one of another model.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        raise ConfigError(f"--workdir={workdir} holds no checkpoints: name the folder that train.py wrote to")
+    store = CheckpointStore(workdir, keep=config.checkpoint.keep)
+    step = store.latest_step
+    if step is None:
+        raise ConfigError(f"--workdir={workdir} holds no finished checkpoint: train for a while first")
+    target = jax.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0)))
+    model = store.restore_part(step, target, prefix="model")
+    store.close()
+    return model, step
