@@ -25,6 +25,15 @@ def from_named_leaves(target: Tree, leaves: dict[str, Array]) -> Tree:
     return jax.tree.unflatten(structure, [leaves[_dotted(path)] for path, _ in paths])
 
 
+def _placed(leaves: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Abstract arrays that all say where they go; those that did not say go to the first device."""
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first)
+        for name, x in leaves.items()
+    }
+
+
 def _dotted(path: tuple[Any, ...]) -> str:
     parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
     # A variable's array is a child called "value" of the variable.
@@ -63,14 +72,14 @@ class CheckpointStore:
 
         Raises ConfigError, naming the first array, where the checkpoint holds another model.
         """
-        wanted = named_leaves(target)
+        wanted = _placed(named_leaves(target))
         self._check_same_arrays(step, wanted)
         loaded = self._orbax.load_checkpointables(step, {"state": wanted, "data": data})
         return from_named_leaves(target, loaded["state"])
 
     def restore_part(self, step: int, target: Tree, *, prefix: str) -> Tree:
         """The subtree ``prefix`` of a saved state alone, such as the model without its optimizer."""
-        wanted = {f"{prefix}.{name}": leaf for name, leaf in named_leaves(target).items()}
+        wanted = {f"{prefix}.{name}": leaf for name, leaf in _placed(named_leaves(target)).items()}
         saved = self._saved_arrays(step)
         self._check_same_arrays(step, wanted, only_these=True)
         everything = {name: wanted.get(name, ocp.PLACEHOLDER) for name in saved}

@@ -1,6 +1,5 @@
 """One optimizer step."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -35,11 +34,11 @@ def build_train_step(config: RunConfig) -> Callable[[TrainState, DeviceBatch], t
         (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         grad_norm = optax.global_norm(gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
-        model = nnx.merge(graph, optax.apply_updates(params, updates), rest)
-        update_router_bias(model, parts.load, _bias_speed(train, state.step))
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        keep = functools.partial(jnp.where, good)
-        model, optimizer_state = jax.tree.map(keep, (model, optimizer_state), (state.model, state.optimizer))
+        old_and_new = (params, state.optimizer), (optax.apply_updates(params, updates), optimizer_state)
+        params, optimizer_state = jax.tree.map(lambda old, new: jnp.where(good, new, old), *old_and_new)
+        model = nnx.merge(graph, params, rest)
+        update_router_bias(model, parts.load, jnp.where(good, _bias_speed(train, state.step), 0.0))
         bad = (~good).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,

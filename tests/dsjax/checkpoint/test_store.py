@@ -1,0 +1,95 @@
+"""States come back as they were saved, with the place in the data, and never as another model's."""
+
+from typing import NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.checkpoint.store import CheckpointStore, from_named_leaves, named_leaves
+from dsjax.config import ConfigError
+
+
+class State(NamedTuple):
+    model: dict
+    optimizer: tuple
+    step: jax.Array
+
+
+def state(value: float, width: int = 1000) -> State:
+    return State({"w": jnp.full((300, width), value), "b": jnp.arange(3, dtype=jnp.bfloat16)}, (), jnp.int32(7))
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def batches():
+    return iter(grain.MapDataset.range(100).shuffle(3).repeat().batch(4).to_iter_dataset())
+
+
+def test_names_are_dotted_paths_and_lead_back():
+    tree = state(1.0)
+    leaves = named_leaves(tree)
+    assert sorted(leaves) == ["model.b", "model.w", "step"]
+    jax.tree.map(np.testing.assert_array_equal, from_named_leaves(abstract(tree), leaves), tree)
+
+
+def test_state_and_data_come_back_together(tmp_path):
+    store, data = CheckpointStore(tmp_path, keep=2), batches()
+    expected = [next(data) for _ in range(9)]
+    fresh = batches()
+    for step in range(1, 6):
+        next(fresh)
+        store.save(step, state(float(step)), fresh)
+    store.close()
+
+    again, data = CheckpointStore(tmp_path, keep=2), batches()
+    assert again.latest_step == 5
+    restored = again.restore(5, abstract(state(0.0)), data)
+    jax.tree.map(np.testing.assert_array_equal, restored, state(5.0))
+    np.testing.assert_array_equal(next(data), expected[5])
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
+    again.close()
+
+
+def test_a_state_that_is_donated_while_it_is_being_saved_is_saved_as_it_was(tmp_path):
+    store, current = CheckpointStore(tmp_path, keep=9), state(0.0, width=20_000)
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    for step in range(1, 5):
+        current = advance(current)
+        store.save(step, current, batches())
+        for _ in range(3):
+            current = advance(current)
+    store.close()
+    again = CheckpointStore(tmp_path, keep=9)
+    for step in range(1, 5):
+        restored = again.restore(step, abstract(current), batches())
+        np.testing.assert_array_equal(restored.model["w"], np.full((300, 20_000), 4 * step - 3))
+    again.close()
+
+
+def test_a_part_can_be_read_alone(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(3, state(2.0), batches())
+    store.wait()
+    part = store.restore_part(3, abstract(state(0.0).model), prefix="model")
+    jax.tree.map(np.testing.assert_array_equal, part, state(2.0).model)
+    store.close()
+
+
+def test_another_model_is_refused_by_the_name_of_the_array(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(3, state(2.0), batches())
+    store.wait()
+    with pytest.raises(ConfigError, match=r"model\.w with shape \(300, 1000\).*asks for \(300, 999\)"):
+        store.restore(3, abstract(state(0.0, width=999)), batches())
+    more = state(0.0)._replace(optimizer=(jnp.zeros(2),))
+    with pytest.raises(ConfigError, match=r"lacks optimizer\.0"):
+        store.restore(3, abstract(more), batches())
+    fewer = state(0.0)._replace(model={"w": jnp.zeros((300, 1000))})
+    with pytest.raises(ConfigError, match=r"has the extra array model\.b"):
+        store.restore(3, abstract(fewer), batches())
+    store.close()

@@ -1,0 +1,31 @@
+"""FLOPs a token against the published count of active parameters, and against compiled matrix products."""
+
+import pytest
+
+from dsjax.config import presets
+from dsjax.observe.model_flops import active_matmul_params, train_flops_per_token
+
+
+def test_active_parameters_are_the_published_ones():
+    v3, v32 = presets.deepseek_v3_671b(), presets.deepseek_v32_671b()
+    v3.num_nextn_predict_layers = v32.num_nextn_predict_layers = 0
+    assert active_matmul_params(v3) == pytest.approx(36.63e9, rel=1e-3)
+    indexer_without_its_norm = 13_959_424 - 256
+    assert active_matmul_params(v32) - active_matmul_params(v3) == 61 * indexer_without_its_norm
+
+
+def test_attention_counts_selected_pairs_only():
+    config = presets.deepseek_v32_671b()
+    config.num_nextn_predict_layers = 0
+    matmuls = 6 * active_matmul_params(config)
+    attended = (2048 * 2049 / 2 + (131_072 - 2048) * 2048) / 131_072
+    indexer = 2 * 64 * 128 * (131_072 + 1) / 2
+    expected = matmuls + 3 * 61 * (128 * 2 * (192 + 128) * attended + indexer)
+    assert train_flops_per_token(config, 131_072) == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_an_indexer_every_causal_pair_counts():
+    config = presets.deepseek_v3_671b()
+    config.num_nextn_predict_layers = 0
+    attention = train_flops_per_token(config, 4096) - 6 * active_matmul_params(config)
+    assert attention == pytest.approx(3 * 61 * 128 * 2 * (192 + 128) * 4097 / 2, rel=1e-9)

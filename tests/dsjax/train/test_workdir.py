@@ -1,0 +1,53 @@
+"""Whose folder it is: the same run goes on, another one is refused by name."""
+
+import dataclasses
+import json
+
+import pytest
+from small_run import small_run
+
+from dsjax.config import ConfigError
+from dsjax.train.workdir import claim
+
+
+def changed(config, **rooms):
+    copy = dataclasses.replace(config)
+    for room, fields in rooms.items():
+        setattr(copy, room, dataclasses.replace(getattr(config, room), **fields))
+    return copy
+
+
+def test_the_same_run_goes_on(tmp_path):
+    assert claim(small_run(), tmp_path / "new") == []
+    assert claim(small_run(), tmp_path / "new") == []
+
+
+def test_what_may_change_is_listed_and_kept(tmp_path):
+    claim(small_run(), tmp_path)
+    longer = changed(small_run(), train={"steps": 2000}, model={"remat": "full"})
+    assert sorted(claim(longer, tmp_path)) == ["model.remat: none -> full", "train.steps: 1000 -> 2000"]
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 2000
+
+
+@pytest.mark.parametrize(
+    ("room", "field", "value"),
+    [
+        ("model", "hidden_size", 64),
+        ("data", "paths", ("other",)),
+        ("train", "batch_size", 3),
+        ("train", "sequence_length", 7),
+        ("optimizer", "moment_dtype", "bfloat16"),
+    ],
+)
+def test_another_model_or_other_data_is_refused_and_nothing_overwritten(tmp_path, room, field, value):
+    claim(small_run(), tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=rf"{room}\.{field}=.*differs.*new --workdir"):
+        claim(changed(small_run(), **{room: {field: value}}), tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_damaged_config_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json is not readable JSON"):
+        claim(small_run(), tmp_path)

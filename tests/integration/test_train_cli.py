@@ -1,0 +1,166 @@
+"""``python train.py`` as a user runs it: real processes, killed and stopped, and what they leave behind."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = {
+    "model.vocab_size": 512,
+    "model.hidden_size": 32,
+    "model.num_hidden_layers": 2,
+    "model.num_attention_heads": 2,
+    "model.q_lora_rank": 16,
+    "model.kv_lora_rank": 16,
+    "model.intermediate_size": 64,
+    "model.moe_intermediate_size": 16,
+    "model.index_topk": 16,
+    "train.steps": 60,
+    "train.batch_size": 4,
+    "train.sequence_length": 64,
+    "optimizer.warmup_steps": 5,
+    "optimizer.cosine_start_step": 0,
+    "optimizer.cosine_end_step": 0,
+    "eval.every_steps": 20,
+    "eval.batches": 2,
+    "eval.sample_tokens": 8,
+    "checkpoint.every_steps": 10,
+    "log.every_steps": 1,
+    "log.tensorboard": "false",
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A few dozen source files of this repository."""
+    folder = tmp_path_factory.mktemp("text")
+    for number, path in enumerate(sorted((REPOSITORY / "dsjax").rglob("*.py"))):
+        (folder / f"{number}.py").write_text(path.read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Compiled programs, shared so that only the first run of the module compiles."""
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="module")
+def command(text, cache):
+    """The command line of a run in a folder, with overrides."""
+
+    def build(workdir: Path, **overrides) -> list[str]:
+        values = SMALL | {"data.paths": text, "log.compilation_cache": cache}
+        values |= {name.replace("__", "."): value for name, value in overrides.items()}
+        flags = [f"--config.{name}={value}" for name, value in values.items()]
+        return [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *flags]
+
+    return build
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(command: list[str], status: int = 0) -> str:
+    process = start(command)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status, output
+    return output
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    metrics = workdir / "metrics.jsonl"
+    for _ in range(3000):
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if lines and f'"step": {step}' in lines[-1]:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in a minute")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    output = finish(command(workdir))
+    assert "sample" in output
+    return workdir
+
+
+def test_a_run_leaves_everything_behind(undisturbed):
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    first, last = lines[0], lines[-1]
+    assert first["step"] == 0
+    assert first["eval/bits_per_byte"] > last["eval/bits_per_byte"]
+    assert first["eval/loss"] == pytest.approx(math.log(512), rel=0.02)
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 61))
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["50", "60"]
+    assert (undisturbed / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (undisturbed / "sample.txt").read_text().startswith("def ")
+    timing = [json.loads(line) for line in (undisturbed / "timing.jsonl").read_text().splitlines()]
+    assert timing[0]["timing/compile_seconds"] > 0
+    assert timing[-1]["timing/tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_a_random_step_it_goes_on_bit_for_bit(command, undisturbed, tmp_path, seed):
+    process = start(command(tmp_path))
+    wait_for_step(tmp_path, random.Random(seed).randint(11, 55), process)
+    process.kill()
+    process.communicate()
+    output = finish(command(tmp_path))
+    assert "resumed from the checkpoint of step" in output
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "sample.txt").read_bytes() == (undisturbed / "sample.txt").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_well(command, undisturbed, tmp_path, number):
+    process = start(command(tmp_path))
+    wait_for_step(tmp_path, 23, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "run the same command again to go on" in output
+    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert 23 <= saved < 60
+    finish(command(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_that_diverges_stops_with_a_diagnosis_and_keeps_its_last_good_checkpoint(command, tmp_path):
+    output = finish(
+        command(tmp_path, optimizer__last_start_step=24, optimizer__lr_last=1e38, train__max_bad_steps=4), status=1
+    )
+    assert "4 steps in a row were not finite" in output
+    assert "the checkpoint of step 20 is from before them and untouched" in output
+    assert "Traceback" not in output
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 20
+
+
+def test_eval_reads_what_train_wrote(command, undisturbed):
+    output = finish([word if word != "train.py" else "eval.py" for word in command(undisturbed)])
+    lines = (undisturbed / "metrics.jsonl").read_text().splitlines()
+    figures = json.loads((undisturbed / "eval.json").read_text())
+    assert figures["eval/bits_per_byte"] == json.loads(lines[-1])["eval/bits_per_byte"]
+    assert "held-out tokens" in output
+
+
+def test_another_model_in_the_same_workdir_is_refused(command, undisturbed):
+    output = finish(command(undisturbed, model__hidden_size=64), status=2)
+    assert "model.hidden_size=64 differs from the 32" in output
+    assert "Traceback" not in output
