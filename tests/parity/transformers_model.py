@@ -106,51 +106,28 @@ def _layer(config: ModelConfig, state: dict[str, np.ndarray], prefix: str) -> di
     return layer
 
 
-class SelectionOf(TorchFunctionMode):
-    """While it is on, the indexer of transformers selects what ours did where near-ties alone differ.
+class RecordedSelection(TorchFunctionMode):
+    """While it is on, ``masks`` collects which keys the indexer of every layer selects, each [B, T, S].
 
-    Scores closer than the rounding of float32 are taken in either order by a right program, and the logits
-    of such a row then differ in the third digit. Every other difference fails.
-
-    ``ours`` has the selected indices of every layer, [L, B, T, K] with -1 for none; ``real`` is false for
-    padding. ``scores`` collects the index scores of transformers, one array a layer.
+    The indexer returns its best k even where fewer keys are visible, for the attention mask to hide again; here
+    they are left out.
     """
 
-    NEAR = 1e-6  # of the largest score in the row
-
-    def __init__(self, ours: np.ndarray, real: np.ndarray):
+    def __init__(self, length: int):
         super().__init__()
-        self.ours, self.real = ours, real
-        self.scores: list[np.ndarray] = []
-        self.exchanged_rows = 0
+        self.length = length
+        self.masks: list[np.ndarray] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        length = self.ours.shape[2]
-        if func is not torch.Tensor.topk or args[0].shape[1:] != (length, length):
-            return result  # the router's
-        scores, indices = args[0].numpy(), result.indices.clone()
-        ours = self.ours[len(self.scores)]
-        self.scores.append(scores)
-        for b, t in self._rows_that_differ(scores, indices.numpy(), ours):
-            indices[b, t] = torch.tensor(ours[b, t], dtype=indices.dtype)
-            self.exchanged_rows += 1
-        return torch.return_types.topk((result.values, indices))
-
-    def _rows_that_differ(self, scores, theirs, ours):
-        visible = scores > -1e30
-        theirs, ours = _as_mask(theirs, scores.shape) & visible, _as_mask(ours, scores.shape)
-        differs = (theirs != ours) & self.real[..., None]
-        largest = np.max(np.abs(scores), axis=-1, where=visible, initial=0)
-        for b, t in np.argwhere(differs.any(-1)):
-            exchanged = scores[b, t][differs[b, t]]
-            assert visible[b, t][differs[b, t]].all()
-            assert theirs[b, t].sum() == ours[b, t].sum()
-            assert np.ptp(exchanged) < self.NEAR * largest[b, t], (b, t, exchanged, largest[b, t])
-            yield b, t
+        if func is torch.Tensor.topk and args[0].shape[1:] == (self.length, self.length):  # not the router's
+            visible = args[0].numpy() > -1e30
+            self.masks.append(as_mask(result.indices.numpy(), self.length) & visible)
+        return result
 
 
-def _as_mask(indices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    mask = np.zeros((*shape[:-1], shape[-1] + 1), bool)
-    np.put_along_axis(mask, indices.astype(np.int64), True, axis=-1)  # -1 goes to the extra place
-    return mask[..., :-1]
+def as_mask(indices: np.ndarray, length: int) -> np.ndarray:
+    """True at the indices of each row, -1 being none."""
+    mask = np.zeros((*indices.shape[:-1], length + 1), bool)
+    np.put_along_axis(mask, indices.astype(np.int64), True, axis=-1)
+    return mask[..., :length]

@@ -18,6 +18,12 @@ from pallas_kernels.indexer.api import index_scores
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+@quick_jit
+def call(module, *args):
+    """``module(*args)``, its parameters an argument: ``jit(module)`` would remember their old values."""
+    return module(*args)
+
+
 def small_config(**changes) -> ModelConfig:
     """Three layers, the first dense; 64 selected keys, a context of 2048 and hence no YaRN."""
     small = dataclasses.replace(
@@ -122,25 +128,31 @@ def through_layers(model: Transformer, function, tokens, positions=None, segment
     return results
 
 
-@quick_jit
-def smallest_margin(model: Transformer, tokens) -> jax.Array:
-    """How far the last selected key is above the first that is not, over all rows and layers.
+def selection_margin(layer, x, rope) -> jax.Array:
+    """How far the last selected key is above the first that is not, in the closest row of a layer.
 
-    As a share of the largest score in the row. Where it is not well above the rounding of float32, two right
-    programs select different keys and no longer agree to better than 1 %.
+    As a share of the largest score in the row. Unless it is well above the rounding of float32, two right
+    programs select different keys and no longer agree to better than a few thousandths.
     """
-    k = model.config.index_topk
+    attn, x = layer.self_attn, layer.input_layernorm(x)
+    k = attn.config.index_topk
+    query = attn.indexer.query(x, attn.q_a_layernorm(attn.q_a_proj(x)), rope)
+    scores = index_scores(query.q, attn.indexer.key(x, rope), query.w)
+    causal = jnp.tril(jnp.ones(scores.shape[1:], bool))
+    largest = jnp.max(jnp.where(causal, jnp.abs(scores), 0), axis=-1)
+    best = jax.lax.top_k(jnp.where(causal, scores, -jnp.inf), k + 1)[0]
+    gap = (best[..., k - 1] - best[..., k]) / largest
+    return jnp.min(jnp.where(jnp.arange(scores.shape[1]) >= k, gap, jnp.inf))
+
+
+@quick_jit
+def smallest_margin(model: Transformer, tokens, positions=None) -> jax.Array:
+    """``selection_margin`` of the closest layer."""
 
     def margin(layer, x, rope, segment_ids):
-        queries, latents = layer.self_attn.project(layer.input_layernorm(x), rope)
-        scores = index_scores(queries.index.q, latents.index_key, queries.index.w)
-        causal = jnp.tril(jnp.ones(scores.shape[1:], bool))
-        largest = jnp.max(jnp.where(causal, jnp.abs(scores), 0), axis=-1)
-        best = jax.lax.top_k(jnp.where(causal, scores, -jnp.inf), k + 1)[0]
-        gap = (best[..., k - 1] - best[..., k]) / largest
-        return jnp.min(jnp.where(jnp.arange(scores.shape[1]) >= k, gap, jnp.inf))
+        return selection_margin(layer, x, rope)
 
-    return jnp.min(jnp.concatenate(through_layers(model, margin, tokens)))
+    return jnp.min(jnp.concatenate(through_layers(model, margin, tokens, positions)))
 
 
 def relative(a, b) -> float:
