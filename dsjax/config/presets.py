@@ -1,6 +1,6 @@
 """Model shapes: the released ones, one for a single accelerator host, and those a laptop trains."""
 
-from dsjax.config.model import ModelConfig, RopeScaling
+from dsjax.config.model import ModelConfig
 
 
 def deepseek_v32_671b() -> ModelConfig:
@@ -66,17 +66,17 @@ def v32_small() -> ModelConfig:
 
 
 def v32_tiny() -> ModelConfig:
-    """A few million parameters with every part of V3.2: what ``configs/tiny.py`` trains on a laptop."""
+    """Two million parameters with every part of V3.2: what ``configs/tiny.py`` trains on a laptop."""
     return ModelConfig(
-        vocab_size=4096,
-        hidden_size=192,
+        vocab_size=2048,
+        hidden_size=128,
         num_hidden_layers=4,
         first_k_dense_replace=1,
         num_nextn_predict_layers=1,
         max_position_embeddings=1024,
-        rope_scaling=RopeScaling(),
-        num_attention_heads=6,
-        q_lora_rank=96,
+        initializer_range=0.02,
+        num_attention_heads=4,
+        q_lora_rank=64,
         kv_lora_rank=64,
         qk_nope_head_dim=32,
         qk_rope_head_dim=16,
@@ -84,8 +84,8 @@ def v32_tiny() -> ModelConfig:
         index_n_heads=4,
         index_head_dim=32,
         index_topk=64,
-        intermediate_size=512,
-        moe_intermediate_size=128,
+        intermediate_size=384,
+        moe_intermediate_size=64,
         n_routed_experts=16,
         num_experts_per_tok=4,
         n_group=4,

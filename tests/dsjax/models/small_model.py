@@ -42,7 +42,12 @@ def small_config(**changes) -> ModelConfig:
         index_n_heads=32,
         index_head_dim=32,
         index_topk=64,
+        intermediate_size=512,
         moe_intermediate_size=64,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
     )
     config = dataclasses.replace(small, **changes)
     config.check()
