@@ -1,0 +1,27 @@
+"""Memory of a training step: linear in the number of tokens, whatever the length of the sequences."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from small_model import next_token_loss, quick_jit, small_config
+
+from dsjax.models.transformer import Transformer
+
+TOKENS = 8192
+
+
+def temporary_bytes(length: int, **changes) -> int:
+    """What the compiler sets aside for the gradient of the loss of a batch of TOKENS tokens."""
+    config = small_config(max_position_embeddings=16384, remat="layer", **changes)
+    model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((TOKENS // length, length), jnp.int32)
+    compiled = quick_jit(jax.grad(next_token_loss)).lower(model, tokens).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.slow
+def test_length_costs_no_memory():
+    """In MQA form, which long sequences take: attention of 8,192 tokens at once would be 16 times that of 1,024."""
+    short, long = (temporary_bytes(length, dense_attention_max_length=64) for length in (1024, 8192))
+    assert long < 1.25 * short

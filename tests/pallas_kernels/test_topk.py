@@ -1,0 +1,114 @@
+"""The selection against a sort: the highest scores among the visible, ties to the lowest index."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import normal
+
+from pallas_kernels.topk.api import topk_indices, topk_mask
+
+mask_of = jax.jit(topk_mask, static_argnames="k")
+indices_of = jax.jit(topk_indices, static_argnames="k")
+
+
+def selected_by_sorting(scores: np.ndarray, visible: np.ndarray, k: int) -> np.ndarray:
+    """Row by row. numpy's stable sort keeps equal scores, and 0.0 and -0.0 are equal, in order of index."""
+    mask = np.zeros(scores.shape, bool)
+    for row in np.ndindex(scores.shape[:-1]):
+        places = np.flatnonzero(visible[row])
+        best = places[np.argsort(-scores[row][places].astype(np.float64), kind="stable")[:k]]
+        mask[row][best] = True
+    return mask
+
+
+def check(scores: np.ndarray, visible: np.ndarray, k: int) -> None:
+    expected = selected_by_sorting(scores, visible, k)
+    np.testing.assert_array_equal(mask_of(scores, visible, k), expected)
+    indices = np.asarray(indices_of(scores, visible, k))
+    assert indices.dtype == np.int32
+    assert indices.shape == (*scores.shape[:-1], k)
+    for row in np.ndindex(scores.shape[:-1]):
+        chosen = np.flatnonzero(expected[row])
+        np.testing.assert_array_equal(indices[row], np.pad(chosen, (0, k - chosen.size), constant_values=-1))
+
+
+def causal(rows: int, keys: int) -> np.ndarray:
+    return np.arange(keys) <= np.arange(rows)[:, None] + keys - rows
+
+
+_HALF = np.where(np.arange(300) % 2, 0.25, normal(1, 40, 300))
+SCORES = {
+    "random": normal(0, 40, 300),
+    "all equal": np.full((40, 300), 1.5, np.float32),
+    "half constant": _HALF.astype(np.float32),
+    "plateau of zeros above negatives": np.where(normal(2, 40, 300) > 0, 0, -np.abs(_HALF)).astype(
+        np.float32
+    ),
+    "zeros of both signs": np.where(np.arange(300) % 3, 0.0, -0.0).astype(np.float32)
+    * np.ones((40, 1), np.float32),
+    "negative": -np.abs(normal(3, 40, 300)),
+    "few values": np.round(normal(4, 40, 300)),
+    "all magnitudes": normal(5, 40, 300) * 10.0 ** np.linspace(-30, 30, 300, dtype=np.float32),
+    "neighbouring floats": (np.float32(1) + np.float32(2**-23) * np.round(3 * normal(6, 40, 300))).astype(
+        np.float32
+    ),
+    "infinities": np.where(normal(7, 40, 300) > 1, np.inf, np.where(normal(8, 40, 300) > 0, -np.inf, _HALF)),
+}
+
+
+@pytest.mark.parametrize("k", [1, 64, 299])
+@pytest.mark.parametrize("name", SCORES)
+def test_selection(name, k):
+    """All keys visible, only earlier ones, and a few anywhere (rows without any, and with fewer than k)."""
+    scores = np.asarray(SCORES[name], np.float32)
+    few = np.random.RandomState(9).uniform(size=scores.shape) < np.linspace(0, 0.6, 40)[:, None]
+    for visible in (np.ones(scores.shape, bool), causal(40, 300), few):
+        check(scores, visible, k)
+
+
+@pytest.mark.parametrize("k", [300, 301, 512])
+def test_k_of_all_keys_or_more_takes_the_visible(k):
+    check(normal(0, 40, 300), causal(40, 300), k)
+
+
+def test_eight_thousand_keys():
+    """Half of the scores are zero, as behind a ReLU: most rows end inside the plateau."""
+    scores = np.maximum(normal(0, 2, 3, 8192), 0)
+    scores[0] -= np.float32(0.5)
+    visible = np.broadcast_to(causal(3, 8192), scores.shape).copy()
+    visible[1, 2, 4000:] = False
+    check(scores, visible, 2048)
+    check(np.where(scores > 1, scores, 0).astype(np.float32), visible, 2048)
+
+
+def test_one_row_and_low_precision():
+    scores = jnp.asarray(normal(0, 500), jnp.bfloat16)  # 8 bits: many ties
+    check(np.asarray(scores.astype(jnp.float32)), np.ones(500, bool), 100)
+    expected = selected_by_sorting(np.asarray(scores.astype(jnp.float32)), np.ones(500, bool), 100)
+    np.testing.assert_array_equal(mask_of(scores, np.ones(500, bool), 100), expected)
+
+
+_VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0000001, 3e38, -3e38, 1e-30]) | st.floats(
+    allow_nan=False, allow_subnormal=False, width=32
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.tuples(_VALUES, st.booleans()), min_size=24, max_size=24), st.sampled_from([1, 5, 23, 24, 30])
+)
+def test_any_row(row, k):
+    scores, visible = np.array([s for s, _ in row], np.float32), np.array([v for _, v in row])
+    check(scores[None], visible[None], k)
+
+
+def test_nothing_is_learnt_through_the_selection():
+    scores, visible = normal(0, 8, 100), np.ones((8, 100), bool)
+    weighed = functools.partial(lambda s: jnp.sum(jnp.where(topk_mask(s, visible, 10), s * s, 0)))
+    gradient = jax.jit(jax.grad(weighed))(scores)
+    np.testing.assert_allclose(gradient, np.where(selected_by_sorting(scores, visible, 10), 2 * scores, 0))
