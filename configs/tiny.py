@@ -10,13 +10,13 @@ from dsjax.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfi
 
 def get_config() -> RunConfig:
     """The run that the README starts with."""
-    steps = 300
+    steps = 200
     return RunConfig(
         model=presets.v32_tiny(),
         optimizer=OptimizerConfig(
-            lr=4e-3, lr_floor=4e-4, warmup_steps=20, cosine_start_step=60, cosine_end_step=steps
+            lr=4e-3, lr_floor=2e-4, warmup_steps=20, cosine_start_step=60, cosine_end_step=steps
         ),
-        train=TrainConfig(steps=steps, batch_size=16, sequence_length=256),
-        eval=EvalConfig(every_steps=50, batches=2),
+        train=TrainConfig(steps=steps, batch_size=8, sequence_length=256),
+        eval=EvalConfig(every_steps=50, batches=4),
         checkpoint=CheckpointConfig(every_steps=50),
     )
