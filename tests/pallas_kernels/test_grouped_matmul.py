@@ -77,25 +77,25 @@ def test_gradients(name, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_accumulates_in_float32(implementation):
-    """A long sum: accumulated in bfloat16 it would stop growing at 256."""
-    sizes = [70, 0, 130]
-    lhs, rhs = jnp.ones((200, 2000), jnp.bfloat16), jnp.ones((3, 2000, 8), jnp.bfloat16)
-    out = multiply(lhs, rhs, jnp.asarray(sizes), implementation=implementation)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.asarray(out, np.float32), np.float32(jnp.bfloat16(2000)))
+    """Along a long K, and in the gradient of rhs along many rows: what is left is the rounding of the result."""
+    sizes = [2100, 0, 130]
+    lhs, rhs = (
+        jnp.asarray(normal(0, 2230, 700), jnp.bfloat16),
+        jnp.asarray(normal(1, 3, 700, 8), jnp.bfloat16),
+    )
+    d_out = jnp.asarray(normal(2, 2230, 8), jnp.bfloat16)
 
-    lhs, rhs, group_sizes = inputs(sizes, dtype=jnp.bfloat16)
+    def product(lhs, rhs):
+        return grouped_matmul(lhs, rhs, jnp.asarray(sizes), implementation=implementation)
 
-    def total(lhs, rhs):
-        return jnp.sum(
-            grouped_matmul(lhs, rhs, group_sizes, implementation=implementation).astype(jnp.float32)
-        )
-
-    gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(lhs, rhs)
-    exact = jax.jit(jax.grad(total, argnums=(0, 1)))(lhs.astype(jnp.float32), rhs.astype(jnp.float32))
-    for gradient, expected in zip(gradients, exact, strict=True):
-        assert gradient.dtype == jnp.bfloat16
-        assert relative(np.asarray(gradient, np.float32), expected) < 3e-3
+    out, gradients_of = jax.vjp(product, lhs, rhs)
+    d_lhs, d_rhs = gradients_of(d_out)
+    assert {out.dtype, d_lhs.dtype, d_rhs.dtype} == {jnp.dtype("bfloat16")}
+    lhs, rhs, d_out = (np.asarray(x, np.float64) for x in (lhs, rhs, d_out))
+    expected_rhs = np.stack([lhs[:2100].T @ d_out[:2100], np.zeros((700, 8)), lhs[2100:].T @ d_out[2100:]])
+    assert relative(np.asarray(out, np.float64), by_loop(lhs, rhs, sizes)) < 2e-3
+    assert relative(np.asarray(d_lhs, np.float64), by_loop(d_out, rhs.swapaxes(1, 2), sizes)) < 2e-3
+    assert relative(np.asarray(d_rhs, np.float64), expected_rhs) < 2e-3
 
 
 def seconds(groups: int, *, gradient: bool) -> float:

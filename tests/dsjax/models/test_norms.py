@@ -1,13 +1,17 @@
-"""RMSNorm and LayerNorm against their formulas in float64."""
+"""RMSNorm and LayerNorm against their formulas in float64.
+
+Without jit, which may leave out a rounding that the program asks for; the tolerance of bfloat16 is the rounding
+of the result alone.
+"""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import call, relative
+from small_model import relative
 
 from dsjax.models.norms import LayerNorm, RMSNorm
 
-DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 3e-7), (jnp.bfloat16, 3e-3)])
+DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 3e-7), (jnp.bfloat16, 1.8e-3)])
 SCALES = pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 WIDTH = 96
 
@@ -27,7 +31,7 @@ def test_rms_norm(scale, dtype, tolerance):
     norm = RMSNorm(WIDTH, eps=1e-6)
     norm.weight[...] = jnp.asarray(random_weight())
     x = rows(scale, dtype)
-    y = call(norm, x)
+    y = norm(x)
     x64 = np.asarray(x, np.float64)
     expected = random_weight() * x64 / np.sqrt(np.mean(x64**2, axis=-1, keepdims=True) + 1e-6)
     assert y.dtype == dtype
@@ -50,7 +54,7 @@ def _check_layer_norm(x, tolerance):
     bias = np.random.RandomState(2).standard_normal(WIDTH).astype(np.float32)
     norm.weight[...] = jnp.asarray(random_weight())
     norm.bias[...] = jnp.asarray(bias)
-    y = call(norm, x)
+    y = norm(x)
     x64 = np.asarray(x, np.float64)
     centred = x64 - x64.mean(axis=-1, keepdims=True)
     expected = random_weight() * centred / np.sqrt(np.mean(centred**2, axis=-1, keepdims=True) + 1e-6) + bias
