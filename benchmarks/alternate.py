@@ -6,7 +6,9 @@ from collections.abc import Callable
 import numpy as np
 
 
-def alternate(programs: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, np.ndarray]:
+def alternate(
+    programs: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1
+) -> dict[str, np.ndarray]:
     """Seconds of each program in each round; all run in every round, one after the other."""
     seconds = {name: [] for name in programs}
     for number in range(warmup + rounds):

@@ -22,7 +22,9 @@ from dsjax.models.transformer import Transformer
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=512)
@@ -56,7 +58,9 @@ def main() -> None:
         print(f"{name:14}{median:8.2f}{values.min():8.2f}{values.max():8.2f}{speed:14.1f}")
     same = np.mean(written["ours"] == written["transformers"])
     print(f"same tokens: {same:.0%}")
-    print(f"ours is {ratio(seconds['transformers'], seconds['ours']):.2f} times as fast (median of the rounds)")
+    print(
+        f"ours is {ratio(seconds['transformers'], seconds['ours']):.2f} times as fast (median of the rounds)"
+    )
 
 
 if __name__ == "__main__":

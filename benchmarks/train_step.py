@@ -36,7 +36,9 @@ def batch_of(tokens: np.ndarray) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=1024)
@@ -74,7 +76,9 @@ def main() -> None:
         speed = f"{count / median:10.0f}{flops / median / 1e9:9.0f}{flops / median / peak:10.0%}"
         print(f"{name:14}{median:10.2f}{values.min():8.2f}{values.max():8.2f}{speed}")
     print(f"large matrix product: {peak / 1e9:.0f} GFLOP/s")
-    print(f"ours is {ratio(seconds['transformers'], seconds['ours']):.2f} times as fast (median of the rounds)")
+    print(
+        f"ours is {ratio(seconds['transformers'], seconds['ours']):.2f} times as fast (median of the rounds)"
+    )
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ def test_a_signal_saves_and_ends_well(command, undisturbed, tmp_path, number):
 
 def test_a_run_that_diverges_stops_with_a_diagnosis_and_keeps_its_last_good_checkpoint(command, tmp_path):
     output = finish(
-        command(tmp_path, optimizer__last_start_step=24, optimizer__lr_last=1e38, train__max_bad_steps=4), status=1
+        command(tmp_path, optimizer__last_start_step=24, optimizer__lr_last=1e38, train__max_bad_steps=4),
+        status=1,
     )
     assert "4 steps in a row were not finite" in output
     assert "the checkpoint of step 20 is from before them and untouched" in output

@@ -19,7 +19,9 @@ class State(NamedTuple):
 
 
 def state(value: float, width: int = 1000) -> State:
-    return State({"w": jnp.full((300, width), value), "b": jnp.arange(3, dtype=jnp.bfloat16)}, (), jnp.int32(7))
+    return State(
+        {"w": jnp.full((300, width), value), "b": jnp.arange(3, dtype=jnp.bfloat16)}, (), jnp.int32(7)
+    )
 
 
 def abstract(tree):

@@ -69,7 +69,9 @@ def test_adamw_is_the_formula_and_decays_matrices_only(shape, moments, tolerance
     params = nnx.State({"w": nnx.Param(jnp.asarray(parameter), axes=axes)})
     state = optimizer.init(params)
     for gradient in gradients:
-        updates, state = optimizer.update(jax.tree.map(lambda p, g=gradient: jnp.asarray(g), params), state, params)
+        updates, state = optimizer.update(
+            jax.tree.map(lambda p, g=gradient: jnp.asarray(g), params), state, params
+        )
         params = jax.tree.map(jnp.add, params, updates)
     expected = numpy_adamw(config, parameter, gradients, decay=float(len(shape) > 1))
     difference = np.linalg.norm(params["w"][...] - expected) / np.linalg.norm(expected - parameter)

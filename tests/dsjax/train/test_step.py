@@ -55,7 +55,9 @@ def test_router_bias_moves_by_gamma_towards_idle_experts_and_by_nothing_else(gam
     config.optimizer.weight_decay = 0.9  # would show
     step, state = step_and_state(config)
     start = jax.tree.map(lambda x: x, state)
-    load = np.asarray(quick_jit(lambda m, b: objective(m, b, config.train))(start.model, random_batch(0)).load)
+    load = np.asarray(
+        quick_jit(lambda m, b: objective(m, b, config.train))(start.model, random_batch(0)).load
+    )
     after, _ = step(state, random_batch(0))
     expected = gamma * np.sign(load.mean(-1, keepdims=True) - load)
     moved = np.concatenate([np.atleast_2d(bias) for bias in biases(after).values()])
@@ -119,5 +121,7 @@ def test_padding_changes_no_loss_and_no_load():
     measure = quick_jit(lambda model, b: objective(model, b, config.train))
     plain, with_padding = measure(model, batch), measure(model, padded)
     for name in ("lm", "mtp", "balance", "indexer_kl"):
-        assert float(getattr(with_padding, name)) == pytest.approx(float(getattr(plain, name)), rel=1e-5), name
+        assert float(getattr(with_padding, name)) == pytest.approx(float(getattr(plain, name)), rel=1e-5), (
+            name
+        )
     np.testing.assert_array_equal(plain.load, with_padding.load)
