@@ -1,8 +1,13 @@
 """How the tests of the operations compare: by relative error, and gradients by float64 differences."""
 
+import functools
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
+
+# The same program with less machine-code tuning: compiling is most of a test's time.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def relative(a, b) -> float:

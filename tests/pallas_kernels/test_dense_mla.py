@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import assert_gradients, cosine_difference, normal, relative
+from numerics import assert_gradients, cosine_difference, normal, quick_jit, relative
 
 from pallas_kernels.dense_mla.api import dense_mla
 
 B, H, T, S, Q, V = 2, 3, 37, 53, 24, 16
 SCALE = 0.3
-attend = jax.jit(dense_mla, static_argnames="scale")
+attend = quick_jit(dense_mla, static_argnames="scale")
 
 
 def inputs(dtype=jnp.float32, size: float = 1.0):
@@ -89,7 +89,7 @@ def test_gradients():
         o, lse = by_formula(q, k, v, mask)
         return np.sum(o * of_o) + np.sum(np.where(np.isfinite(lse), lse, 0) * of_lse)
 
-    gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays)
+    gradients = quick_jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays)
     assert_gradients(gradients, total_by_formula, arrays)
     assert not np.any(np.asarray(gradients[0])[0, :, 5])
 
@@ -104,4 +104,4 @@ def test_gradients_where_no_query_sees_anything():
     o, lse = attend(*arrays, mask, scale=SCALE)
     assert not np.any(o)
     assert np.all(np.isneginf(lse))
-    assert all(np.all(np.asarray(g) == 0) for g in jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays))
+    assert all(np.all(np.asarray(g) == 0) for g in quick_jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numerics import assert_gradients, normal, relative
+from numerics import assert_gradients, normal, quick_jit, relative
 
 from pallas_kernels.indexer.api import index_scores
 
@@ -25,7 +25,7 @@ def by_formula(q, k, w) -> np.ndarray:
 
 def test_scores():
     arrays = inputs()
-    scores = jax.jit(index_scores)(*arrays)
+    scores = quick_jit(index_scores)(*arrays)
     assert scores.dtype == jnp.float32
     assert relative(scores, by_formula(*(np.asarray(x, np.float64) for x in arrays))) < 1e-6
 
@@ -41,14 +41,14 @@ def test_bfloat16_products_are_summed_in_float32():
 def test_products_below_zero_count_nothing_whatever_the_sign_of_the_weight():
     q, k, w = inputs()
     opposite = jnp.abs(k), -jnp.abs(q)
-    assert not np.any(jax.jit(index_scores)(opposite[1], opposite[0], w))
-    negative = jax.jit(index_scores)(jnp.abs(q), jnp.abs(k), -jnp.abs(w))
+    assert not np.any(quick_jit(index_scores)(opposite[1], opposite[0], w))
+    negative = quick_jit(index_scores)(jnp.abs(q), jnp.abs(k), -jnp.abs(w))
     assert np.all(np.asarray(negative) < 0)
 
 
 def test_gradients():
     arrays, cotangent = inputs(), normal(3, B, T, S)
-    gradients = jax.jit(jax.grad(lambda *a: jnp.sum(index_scores(*a) * cotangent), argnums=(0, 1, 2)))(
+    gradients = quick_jit(jax.grad(lambda *a: jnp.sum(index_scores(*a) * cotangent), argnums=(0, 1, 2)))(
         *arrays
     )
     assert_gradients(gradients, lambda *a: np.sum(by_formula(*a) * cotangent), arrays)

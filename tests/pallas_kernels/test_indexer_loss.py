@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import normal, relative
+from numerics import normal, quick_jit, relative
 
 from pallas_kernels.dense_mla.api import dense_mla
 from pallas_kernels.indexer_loss.api import dense_indexer_loss, sparse_indexer_loss
@@ -66,13 +66,13 @@ def case(request):
 @pytest.mark.parametrize("form", ["dense", "sparse"])
 def test_loss_and_gradient(case, form):
     loss = getattr(case, form)
-    kl = jax.jit(loss)(case.scores, case.q, case.kv)
+    kl = quick_jit(loss)(case.scores, case.q, case.kv)
     expected, expected_gradient = case.by_formula()
     assert (kl.dtype, kl.shape) == (jnp.float32, (B, T))
     assert relative(kl, expected) < 1e-5
     assert kl[0, 5] == 0
     assert abs(kl[1, 7]) < 1e-6
-    total = jax.jit(jax.grad(lambda *a: jnp.sum(loss(*a)), argnums=(0, 1, 2)))
+    total = quick_jit(jax.grad(lambda *a: jnp.sum(loss(*a)), argnums=(0, 1, 2)))
     d_scores, d_q, d_kv = total(case.scores, jnp.asarray(case.q), jnp.asarray(case.kv))
     assert relative(d_scores, expected_gradient) < 1e-5
     assert not np.any(np.asarray(d_scores)[~case.mask])
@@ -83,7 +83,7 @@ def test_loss_and_gradient(case, form):
 @pytest.mark.parametrize("form", ["dense", "sparse"])
 def test_scores_that_are_not_attended_to_do_not_matter(case, form):
     """Whatever they are: causality and padding leave -inf there as well as large numbers."""
-    loss = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(getattr(case, form)(*a))))
+    loss = quick_jit(jax.value_and_grad(lambda *a: jnp.sum(getattr(case, form)(*a))))
     value, gradient = loss(case.scores, case.q, case.kv)
     for other in (-np.inf, np.inf, 1e30):
         scores = jnp.where(case.mask, case.scores, other)
@@ -100,5 +100,5 @@ def test_the_loss_is_zero_for_an_indexer_that_knows_the_attention(form):
         keys = np.flatnonzero(case.mask[b, t])
         if keys.size:
             scores[b, t, keys] = np.log(softmax(SCALE * case.q[b, t] @ case.kv[b, keys].T).mean(0)) + 3.0
-    kl = jax.jit(getattr(case, form))(scores, case.q, case.kv)
+    kl = quick_jit(getattr(case, form))(scores, case.q, case.kv)
     np.testing.assert_allclose(kl, np.zeros((B, T)), atol=2e-6)

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import assert_gradients, cosine_difference, normal, relative
+from numerics import assert_gradients, cosine_difference, normal, quick_jit, relative
 
 from pallas_kernels.sparse_mla.api import sparse_mla
 
 B, T, H, S, C, R, K = 2, 37, 3, 90, 24, 8, 20
 SCALE = 0.2
-attend = jax.jit(sparse_mla, static_argnames=("latent_dim", "scale"))
+attend = quick_jit(sparse_mla, static_argnames=("latent_dim", "scale"))
 
 
 def inputs(dtype=jnp.float32, size: float = 1.0):
@@ -101,12 +101,12 @@ def test_gradients():
         o, lse = by_formula(q, kv, indices)
         return np.sum(o * of_o) + np.sum(np.where(np.isfinite(lse), lse, 0) * of_lse)
 
-    gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(*arrays)
+    gradients = quick_jit(jax.grad(total, argnums=(0, 1)))(*arrays)
     assert_gradients(gradients, total_by_formula, arrays)
     assert not np.any(np.asarray(gradients[0])[0, 5])
     never = np.setdiff1d(np.arange(S), indices[0])
     indices_without_0 = np.where(indices == 0, -1, indices)
-    d_kv = jax.jit(
+    d_kv = quick_jit(
         jax.grad(
             lambda kv: jnp.sum(sparse_mla(arrays[0], kv, indices_without_0, latent_dim=C, scale=SCALE)[0])
         )
@@ -126,4 +126,4 @@ def test_gradients_where_no_query_sees_anything():
     o, lse = attend(*arrays, indices, latent_dim=C, scale=SCALE)
     assert not np.any(o)
     assert np.all(np.isneginf(lse))
-    assert all(np.all(np.asarray(g) == 0) for g in jax.jit(jax.grad(total, argnums=(0, 1)))(*arrays))
+    assert all(np.all(np.asarray(g) == 0) for g in quick_jit(jax.grad(total, argnums=(0, 1)))(*arrays))

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import normal
+from numerics import normal, quick_jit
 
 from pallas_kernels.topk.api import topk_indices, topk_mask
 
-mask_of = jax.jit(topk_mask, static_argnames="k")
-indices_of = jax.jit(topk_indices, static_argnames="k")
+mask_of = quick_jit(topk_mask, static_argnames="k")
+indices_of = quick_jit(topk_indices, static_argnames="k")
 
 
 def selected_by_sorting(scores: np.ndarray, visible: np.ndarray, k: int) -> np.ndarray:
@@ -110,5 +110,5 @@ def test_any_row(row, k):
 def test_nothing_is_learnt_through_the_selection():
     scores, visible = normal(0, 8, 100), np.ones((8, 100), bool)
     weighed = functools.partial(lambda s: jnp.sum(jnp.where(topk_mask(s, visible, 10), s * s, 0)))
-    gradient = jax.jit(jax.grad(weighed))(scores)
+    gradient = quick_jit(jax.grad(weighed))(scores)
     np.testing.assert_allclose(gradient, np.where(selected_by_sorting(scores, visible, 10), 2 * scores, 0))

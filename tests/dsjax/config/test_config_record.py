@@ -77,7 +77,7 @@ def test_describe_marks_what_the_command_line_changed():
 
 
 def test_describe_without_a_base_marks_what_differs_from_the_defaults():
-    assert "*   hidden_size = 192  (was 7168)" in describe(small_run())
+    assert "*   hidden_size = 128  (was 7168)" in describe(small_run())
     assert "*" not in describe(RunConfig())
 
 

@@ -5,7 +5,7 @@ from small_model import small_config
 from dsjax.config import ModelConfig
 
 LENGTH = 300
-# The first token, both sides of the length of the selection (64) and of a block (128), and the end.
+# The first token, both sides of the length of the selection (64), some between, and the end.
 POSITIONS = [0, 1, 62, 63, 64, 65, 127, 128, 200, 255, 256, 298, 299]
 CASES = {
     "v32": {},

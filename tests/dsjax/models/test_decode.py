@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import (
-    logits_of,
     quick_jit,
     random_model,
     random_tokens,
@@ -26,19 +25,15 @@ V3 = {"index_topk": 0}
 
 
 @quick_jit
-def prefill(model, tokens):
-    """A cache for LENGTH tokens that begins with ``tokens``."""
-    return cache_from(model(tokens).latents, LENGTH)
-
-
-@quick_jit
-def empty_like(cache):
-    return jax.tree.map(jnp.zeros_like, cache)
+def forward(model, tokens):
+    """Logits, and a cache for LENGTH tokens that begins with ``tokens``."""
+    output = model(tokens)
+    return model.logits(output.hidden), cache_from(output.latents, LENGTH)
 
 
 @functools.partial(quick_jit, static_argnames="at_a_time")
 def decode(model, tokens, first, cache, *, at_a_time: int = 1):
-    """Logits of ``tokens`` [B, n], the first of which is number ``first`` [B] of its sequence."""
+    """Logits of ``tokens`` [B, n], the first of which is number ``first`` [B] of its sequence, and the cache."""
     batch, count = tokens.shape
     numbers = first[:, None] + jnp.arange(count)
 
@@ -49,8 +44,8 @@ def decode(model, tokens, first, cache, *, at_a_time: int = 1):
     def chunks(x):
         return x.reshape(batch, count // at_a_time, at_a_time).swapaxes(0, 1)
 
-    _, logits = jax.lax.scan(step, cache, (chunks(tokens), chunks(numbers)))
-    return logits.swapaxes(0, 1).reshape(batch, count, -1)
+    cache, logits = jax.lax.scan(step, cache, (chunks(tokens), chunks(numbers)))
+    return logits.swapaxes(0, 1).reshape(batch, count, -1), cache
 
 
 @functools.cache
@@ -60,60 +55,53 @@ def small(**changes):
 
 @functools.cache
 def whole(**changes):
-    """Tokens, and their logits in one forward pass."""
+    """Tokens, and their logits and cache in one forward pass."""
     model = small(**changes)
     tokens = random_tokens(model.config, (1, LENGTH), SEED)
     if 0 < model.config.index_topk < LENGTH:
         assert smallest_margin(model, tokens) > 4e-6, "use another seed"
-    return tokens, np.asarray(logits_of(model, tokens))
+    return tokens, *forward(model, tokens)
 
 
 @pytest.mark.parametrize("changes", [{}, V3], ids=["v32", "v3"])
 def test_from_an_empty_cache(changes):
-    tokens, expected = whole(**changes)
-    cache = empty_like(prefill(small(**changes), tokens[:, :300]))
-    assert relative(decode(small(**changes), tokens, np.array([0]), cache), expected) < 1e-5
+    tokens, expected, expected_cache = whole(**changes)
+    empty = jax.tree.map(jnp.zeros_like, expected_cache)
+    logits, cache = decode(small(**changes), tokens, np.array([0]), empty)
+    assert relative(logits, expected) < 1e-5
+    for ours, theirs in zip(*map(jax.tree.leaves, (cache, expected_cache)), strict=True):
+        assert relative(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("changes", [{}, V3], ids=["v32", "v3"])
 def test_from_the_cache_of_a_prefill(changes):
-    tokens, expected = whole(**changes)
-    cache = prefill(small(**changes), tokens[:, :300])
-    logits = decode(small(**changes), tokens[:, 300:], np.array([300]), cache)
+    tokens, expected, _ = whole(**changes)
+    _, prefilled = forward(small(**changes), tokens[:, :300])
+    logits, cache = decode(small(**changes), tokens[:, 300:], np.array([300]), prefilled)
     assert relative(logits, expected[:, 300:]) < 1e-5
+    for after, before in zip(*map(jax.tree.leaves, (cache, prefilled)), strict=True):
+        np.testing.assert_array_equal(after[:, :, :300], before[:, :, :300])
 
 
 def test_several_tokens_at_a_time():
     """As in speculative decoding: the new tokens of a step see each other as far as they are earlier."""
-    tokens, expected = whole()
-    cache = prefill(small(), tokens[:, :300])
-    logits = decode(small(), tokens[:, 300:], np.array([300]), cache, at_a_time=5)
+    tokens, expected, cache = whole()
+    logits, _ = decode(small(), tokens[:, 300:], np.array([300]), cache, at_a_time=5)
     assert relative(logits, expected[:, 300:]) < 1e-5
 
 
 def test_sequences_of_a_batch_stand_at_different_places():
-    """The second goes on at 200 in a cache where other tokens stand from there to 300: nothing sees them."""
-    tokens, expected = whole()
-    other = random_tokens(small().config, (1, 100), seed=99)
-    prompts = np.concatenate([tokens[:, :300], np.concatenate([tokens[:, :200], other], axis=1)])
+    """In caches where other tokens stand behind theirs: nothing sees those before they are written over."""
+    tokens, expected, cache = whole()
+    both = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), cache)
+    spoilt = jax.tree.map(lambda x: x.at[:, 0, 300:].multiply(-3).at[:, 1, 200:].multiply(-3), both)
     rest = np.concatenate([tokens[:, 300:550], tokens[:, 200:450]])
-    logits = decode(small(), rest, np.array([300, 200]), prefill(small(), prompts))
+    logits, _ = decode(small(), rest, np.array([300, 200]), spoilt)
     assert relative(logits[:1], expected[:, 300:550]) < 1e-5
     assert relative(logits[1:], expected[:, 200:450]) < 1e-5
 
 
-def test_a_new_token_is_written_into_the_cache_at_its_place_alone():
-    tokens, _ = whole()
-    before = prefill(small(), tokens[:, :300])
-    _, after = quick_jit(type(small()).decode)(small(), tokens[:, 300:301], np.array([[300]]), before)
-    expected = quick_jit(lambda model, tokens: model(tokens).latents)(small(), tokens[:, :301])
-    for old, new, forward in zip(*map(jax.tree.leaves, (before, after, expected)), strict=True):
-        np.testing.assert_array_equal(np.delete(new, 300, axis=2), np.delete(old, 300, axis=2))
-        assert relative(new[:, :, 300], forward[:, :, 300]) < 1e-5
-
-
-# The prefill is one block as well: see test_bfloat16.py.
-BFLOAT16 = {"compute_dtype": "bfloat16", "attention_block_size": 300}
+BFLOAT16 = {"compute_dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize("dense_attention_max_length", [LENGTH, 64], ids=["mha", "mqa"])
@@ -125,9 +113,8 @@ def test_bfloat16_without_choices(dense_attention_max_length):
     """
     changes = BFLOAT16 | {"index_topk": LENGTH, "num_experts_per_tok": 16, "n_group": 1, "topk_group": 1}
     changes |= {"dense_attention_max_length": dense_attention_max_length}
-    tokens, expected = whole(**changes)
-    cache = prefill(small(**changes), tokens[:, :300])
-    logits = decode(small(**changes), tokens[:, 300:], np.array([300]), cache)
+    tokens, expected, cache = whole(**changes)
+    logits, _ = decode(small(**changes), tokens[:, 300:], np.array([300]), cache)
     assert jax.tree.leaves(cache)[0].dtype == jnp.bfloat16
     assert relative(logits, expected[:, 300:]) < 2e-2
 
@@ -137,10 +124,11 @@ def test_bfloat16_with_choices():
 
     Some choices differ between any two ways of rounding; a token that follows one is 10 % off in both.
     """
-    tokens, exact = whole()
-    model = with_config(small(), **BFLOAT16)
-    forward = np.asarray(logits_of(model, tokens))[:, 300:]
-    decoded = np.asarray(decode(model, tokens[:, 300:], np.array([300]), prefill(model, tokens[:, :300])))
-    assert relative(decoded, exact[:, 300:]) < 1.2 * relative(forward, exact[:, 300:])
-    each = np.linalg.norm(decoded - forward, axis=-1) / np.linalg.norm(forward, axis=-1)
+    tokens, exact, _ = whole()
+    rounded = with_config(small(), **BFLOAT16)
+    whole_pass, cache = forward(rounded, tokens)
+    decoded, _ = decode(rounded, tokens[:, 300:], np.array([300]), cache)
+    exact, whole_pass, decoded = (np.asarray(x) for x in (exact[:, 300:], whole_pass[:, 300:], decoded))
+    assert relative(decoded, exact) < 1.2 * relative(whole_pass, exact)
+    each = np.linalg.norm(decoded - whole_pass, axis=-1) / np.linalg.norm(whole_pass, axis=-1)
     assert np.median(each) < 3e-2

@@ -17,6 +17,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 def test_logits(name, dense_attention_max_length):
     golden = np.load(GOLDEN / f"{name}.npz")
     config, seed = golden_config(name), int(golden["seed"])
-    model = with_config(random_model(config, seed), dense_attention_max_length=dense_attention_max_length)
+    how = {"dense_attention_max_length": dense_attention_max_length, "attention_block_size": 160}
+    model = with_config(random_model(config, seed), **how)
     logits = logits_of(model, random_tokens(config, (1, LENGTH), seed))
     assert relative(logits[0, np.array(POSITIONS)], golden["logits"]) < 1e-5

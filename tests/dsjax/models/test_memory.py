@@ -21,7 +21,8 @@ def training_loss(model, tokens):
 
 def temporary_bytes(length: int, **changes) -> int:
     """What the compiler sets aside for the gradient of the loss of a batch of TOKENS tokens."""
-    config = small_config(max_position_embeddings=16384, remat="layer", **changes)
+    changes |= {"max_position_embeddings": 16384, "remat": "layer", "first_k_dense_replace": 0}
+    config = small_config(**changes)
     model = jax.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     tokens = jax.ShapeDtypeStruct((TOKENS // length, length), jnp.int32)
     compiled = quick_jit(jax.grad(training_loss)).lower(model, tokens).compile()

@@ -17,9 +17,9 @@ SEGMENTS = np.repeat([1, 2, 0], [50, 160, 20])[None].astype(np.int32)
 POSITIONS = 5000 + np.arange(LENGTH, dtype=np.int32)[None]
 X = np.random.RandomState(0).standard_normal((1, LENGTH, 128)).astype(np.float32)
 CASES = {
-    # 64 of up to 160 keys, blocks of 48
-    "mha": {"dense_attention_max_length": LENGTH},
-    "mqa": {"dense_attention_max_length": 64},
+    # 64 of up to 160 keys, five blocks
+    "mha": {"dense_attention_max_length": LENGTH, "attention_block_size": 48},
+    "mqa": {"dense_attention_max_length": 64, "attention_block_size": 48},
     # all keys: the warm-up of the indexer
     "mha, all keys": {"dense_attention_max_length": LENGTH, "index_topk": LENGTH},
     "mqa, all keys": {"dense_attention_max_length": 64, "index_topk": LENGTH},
@@ -31,7 +31,7 @@ WITH_INDEXER = [case for case in CASES if case != "v3"]
 
 @functools.cache
 def attention(case: str):
-    config = small_config(**{"max_position_embeddings": 163840, "attention_block_size": 48} | CASES[case])
+    config = small_config(**{"max_position_embeddings": 163840, "attention_block_size": 120} | CASES[case])
     return layer_at(random_model(config).moe_layers, 1).self_attn
 
 

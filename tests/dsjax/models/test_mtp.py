@@ -16,7 +16,7 @@ POSITIONS = np.arange(LENGTH, dtype=np.int32)[None] + 7
 
 def mtp_model(**changes):
     """All keys selected: near-ties among scores are no matter of this file."""
-    changes |= {"num_nextn_predict_layers": 1, "index_topk": LENGTH, "attention_block_size": 64}
+    changes |= {"num_nextn_predict_layers": 1, "index_topk": LENGTH, "attention_block_size": LENGTH}
     return random_model(small_config(**changes))
 
 
