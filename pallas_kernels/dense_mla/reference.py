@@ -26,7 +26,7 @@ def dense_mla(
     scale: float,
 ) -> tuple[Float[Array, "B H T V"], Float[Array, "B H T"]]:
     """See ``api.dense_mla``."""
-    return _attend(q * scale, k, v, mask)
+    return _attend(q.astype(jnp.float32) * scale, k, v, mask)
 
 
 @jax.custom_vjp

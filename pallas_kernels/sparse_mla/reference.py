@@ -34,7 +34,7 @@ def sparse_mla(
     scale: float,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
     """See ``api.sparse_mla``. The gathered rows of all queries exist at once: call it on blocks of queries."""
-    return _attend(q * scale, kv, indices, latent_dim)
+    return _attend(q.astype(jnp.float32) * scale, kv, indices, latent_dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
