@@ -34,7 +34,8 @@ def map_causal_blocks(
     """
     length = jax.tree.leaves(queries)[0].shape[1]
     blocks = -(-length // block)
-    queries = _pad_tokens(queries, blocks * block - length)
+    # The barrier keeps jaxlib 0.12.0 on CPUs from fusing bfloat16 products with the padding, which crashes.
+    queries = jax.lax.optimization_barrier(_pad_tokens(queries, blocks * block - length))
     function = jax.checkpoint(function, policy=KEPT)
     results = []
     for first, last in _stretches(blocks):
