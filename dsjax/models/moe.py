@@ -8,8 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import ModelConfig
-from dsjax.models.mlp import SwiGLU, swiglu
-from pallas_kernels.grouped_matmul.api import grouped_matmul
+from dsjax.models.mlp import SwiGLU
+from pallas_kernels.expert_mlp.api import expert_mlp
 
 
 class RouterBias(nnx.Variable):
@@ -89,54 +89,8 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "N D"], routing: Routing) -> Float[Array, "N D"]:
         """``Σ_k weight_k · expert_k(x)``, accumulated and returned in float32."""
-        chosen = routing.experts.reshape(-1)
-        order = jnp.argsort(chosen, stable=True)  # pairs grouped by expert
-        place = jnp.argsort(order)  # where each pair went
-        sizes = jnp.sum(chosen[:, None] == jnp.arange(self.gate_proj.shape[0]), axis=0, dtype=jnp.int32)
-        rows = _dispatch(x, order, place)
-        gate = grouped_matmul(rows, self.gate_proj[...].astype(x.dtype), sizes)
-        up = grouped_matmul(rows, self.up_proj[...].astype(x.dtype), sizes)
-        y = grouped_matmul(swiglu(gate, up), self.down_proj[...].astype(x.dtype), sizes)
-        y = _permute(y, place, order).reshape(*routing.experts.shape, -1)
-        return jnp.einsum("nk,nkd->nd", routing.weights, y.astype(jnp.float32))
-
-
-@jax.custom_vjp
-def _permute(rows: Array, order: Array, inverse: Array) -> Array:
-    """``rows[order]`` for a permutation; its gradient is a gather too, where XLA would scatter."""
-    return rows.at[order].get(mode="promise_in_bounds", unique_indices=True)
-
-
-def _permute_fwd(rows, order, inverse):
-    return _permute(rows, order, inverse), (order, inverse)
-
-
-def _permute_bwd(residuals, d_rows):
-    order, inverse = residuals
-    return _permute(d_rows, inverse, order), None, None
-
-
-_permute.defvjp(_permute_fwd, _permute_bwd)
-
-
-@jax.custom_vjp
-def _dispatch(x: Array, order: Array, place: Array) -> Array:
-    """The row of its token for every (token, expert) pair, in the order of the experts."""
-    per_token = order.shape[0] // x.shape[0]
-    return x.at[order // per_token].get(mode="promise_in_bounds")
-
-
-def _dispatch_fwd(x, order, place):
-    return _dispatch(x, order, place), (order, place, x.shape[0])
-
-
-def _dispatch_bwd(residuals, d_rows):
-    order, place, tokens = residuals
-    by_token = _permute(d_rows, place, order).reshape(tokens, -1, d_rows.shape[-1])
-    return jnp.sum(by_token.astype(jnp.float32), axis=1).astype(d_rows.dtype), None, None
-
-
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+        matrices = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+        return expert_mlp(x, routing.experts, routing.weights, *matrices)
 
 
 class MoE(nnx.Module):

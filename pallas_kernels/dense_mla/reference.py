@@ -12,9 +12,14 @@ from pallas_kernels.softmax import exp_minus, sum_exp
 def masked_scores(
     q: Float[Array, "B H T Q"], k: Float[Array, "B H S Q"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B H T S"]:
-    """``q kᵀ`` in float32, -inf where masked. The softmax scale is in ``q`` already."""
+    """``q kᵀ`` in float32, -inf where masked. The softmax scale is in ``q`` already.
+
+    The mask is added as its logarithm, 0 or -inf: XLA on CPUs computes logarithms once, where it would unpack
+    and select again for every head.
+    """
     scores = jnp.einsum("bhtq,bhsq->bhts", q, k, preferred_element_type=jnp.float32)
-    return jnp.where(mask[:, None], scores, -jnp.inf)
+    bias = jnp.log(mask.astype(jnp.float32))
+    return scores + bias[:, None]
 
 
 def dense_mla(
@@ -49,10 +54,12 @@ def _backward(residuals, gradients):
     delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
     d_p = jnp.einsum("bhtv,bhsv->bhts", d_o, v, preferred_element_type=jnp.float32)
     d_scores = (p * (d_p - delta[..., None])).astype(q.dtype)
-    d_v = jnp.einsum("bhts,bhtv->bhsv", p.astype(d_o.dtype), d_o, preferred_element_type=jnp.float32)
     d_q = jnp.einsum("bhts,bhsq->bhtq", d_scores, k, preferred_element_type=jnp.float32)
-    d_k = jnp.einsum("bhts,bhtq->bhsq", d_scores, q, preferred_element_type=jnp.float32)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    # With the keys last, p and d_scores are read as they lie.
+    d_v = jnp.einsum("bhtv,bhts->bhvs", d_o, p.astype(d_o.dtype), preferred_element_type=jnp.float32)
+    d_k = jnp.einsum("bhtq,bhts->bhqs", q, d_scores, preferred_element_type=jnp.float32)
+    d_k, d_v = d_k.swapaxes(2, 3).astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype)
+    return d_q.astype(q.dtype), d_k, d_v, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -1,0 +1,28 @@
+"""The feed-forward networks that each token chose, weighted and summed."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.expert_mlp import grouped, reference
+from pallas_kernels.platform import choose
+
+
+def expert_mlp(
+    x: Float[Array, "N D"],
+    experts: Int[Array, "N K"],
+    weights: Float[Array, "N K"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "N D"]:
+    """``Σ_k weights[n,k] · (SiLU(x gate[e]) · x up[e]) down[e]`` with ``e = experts[n,k]``, in float32.
+
+    The K experts of a token differ. Every pair is computed, none dropped, and no more than the pairs: the cost does
+    not grow with the number of experts, nor with how unevenly they are loaded. Products in the dtype of ``x`` with
+    float32 accumulation. Differentiable in all but ``experts``.
+
+    Source: V3 report eq. 12.
+    """
+    available = {"reference": reference.expert_mlp, "tpu": grouped.expert_mlp, "gpu": grouped.expert_mlp}
+    return choose("expert_mlp", implementation, available)(x, experts, weights, gate, up, down)
