@@ -7,10 +7,9 @@ import torch
 
 from dsjax.models.transformer import Transformer
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS / "dsjax" / "models"), str(TESTS / "parity")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 
-from transformers_model import hf_model  # noqa: E402  (the tests' own way to copy weights by name)
+from transformers_model import hf_model
 
 
 def build_peer(model: Transformer) -> torch.nn.Module:

@@ -26,7 +26,7 @@ class HeldoutLoss(NamedTuple):
 @jax.jit
 def batch_nll(model: Transformer, batch: DeviceBatch) -> Float[Array, "B T"]:
     """Negative log-likelihood of every target in nats; 0 where none counts."""
-    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"]).hidden
+    hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], inference=True).hidden
     nll = token_nll(model.norm(hidden), model.lm_head.weight[...], batch["targets"])
     return jnp.where(batch["loss_mask"] > 0, nll, 0)
 

@@ -26,7 +26,7 @@ def generate(
     """
     length = prompts.shape[1]
     choose = functools.partial(sample, temperature=temperature, top_p=top_p)
-    output = model(prompts)
+    output = model(prompts, inference=True)
     cache = cache_from(output.latents, length + max_new_tokens)
     first_key, key = jax.random.split(key)
     first = choose(model.logits(output.hidden[:, -1]), first_key)

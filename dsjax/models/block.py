@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import ModelConfig
 from dsjax.models.mla import Latents, MultiHeadLatentAttention
 from dsjax.models.mlp import SwiGLU
-from dsjax.models.moe import MoE, MoEStats
+from dsjax.models.moe import MoE, MoEStats, StackedExperts
 from dsjax.models.norms import RMSNorm
 from dsjax.models.rope import Rope
 
@@ -39,6 +39,7 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         rope: Rope,
         segment_ids: Int[Array, "B T"],
+        stacked: StackedExperts | None = None,
         *,
         with_indexer_loss: bool = False,
     ) -> tuple[Float[Array, "B T D"], LayerStats, Latents]:
@@ -46,20 +47,25 @@ class DecoderLayer(nnx.Module):
         u, kl, latents = self.self_attn(
             self.input_layernorm(x), rope, segment_ids, with_indexer_loss=with_indexer_loss
         )
-        x, moe = self._feed_forward(x + u, segment_ids != 0)
+        x, moe = self._feed_forward(x + u, segment_ids != 0, stacked)
         return x, LayerStats(kl, moe), latents
 
     def decode(
-        self, x: Float[Array, "B T D"], rope: Rope, number: Int[Array, "B T"], cache: Latents
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        number: Int[Array, "B T"],
+        cache: Latents,
+        stacked: StackedExperts | None = None,
     ) -> tuple[Float[Array, "B T D"], Latents]:
         """New tokens against a cache: output and the cache with them in it."""
         u, cache = self.self_attn.decode(self.input_layernorm(x), rope, number, cache)
-        x, _ = self._feed_forward(x + u, number >= 0)
+        x, _ = self._feed_forward(x + u, number >= 0, stacked)
         return x, cache
 
-    def _feed_forward(self, x, real):
+    def _feed_forward(self, x, real, stacked: StackedExperts | None):
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoE):
-            y, stats = self.mlp(normed, real)
+            y, stats = self.mlp(normed, real, stacked)
             return x + y, stats
         return x + self.mlp(normed), None

@@ -87,10 +87,22 @@ class Experts(nnx.Module):
         self.up_proj = stacked(hidden, width, ("embed", "expert_mlp"))
         self.down_proj = stacked(width, hidden, ("expert_mlp", "embed"))
 
-    def __call__(self, x: Float[Array, "N D"], routing: Routing) -> Float[Array, "N D"]:
-        """``Σ_k weight_k · expert_k(x)``, accumulated and returned in float32."""
+    def __call__(
+        self, x: Float[Array, "N D"], routing: Routing, *, layer: Int[Array, ""] | None = None
+    ) -> Float[Array, "N D"]:
+        """``Σ_k weight_k · expert_k(x)``, accumulated and returned in float32.
+
+        With ``layer`` the parameters are those of a whole stack [L, E, ...], for inference.
+        """
         matrices = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
-        return expert_mlp(x, routing.experts, routing.weights, *matrices)
+        return expert_mlp(x, routing.experts, routing.weights, *matrices, layer=layer)
+
+
+class StackedExperts(NamedTuple):
+    """The experts of one layer where they lie in the stack of all layers."""
+
+    experts: Experts
+    layer: Int[Array, ""]
 
 
 class MoE(nnx.Module):
@@ -103,12 +115,16 @@ class MoE(nnx.Module):
         self.shared_experts = SwiGLU(config, shared_width, rngs=rngs) if shared_width else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], stacked: StackedExperts | None = None
     ) -> tuple[Float[Array, "B T D"], MoEStats]:
-        """Output and balancing statistics over the tokens that are ``real``, not padding."""
+        """Output and balancing statistics over the tokens that are ``real``, not padding.
+
+        ``stacked`` stands in for this module's own experts.
+        """
         routing = self.gate(x)
         flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, routing))
-        y = self.experts(*flat).reshape(x.shape)
+        y = stacked.experts(*flat, layer=stacked.layer) if stacked else self.experts(*flat)
+        y = y.reshape(x.shape)
         if self.shared_experts:
             y = y + self.shared_experts(x).astype(jnp.float32)
         return y.astype(x.dtype), balance_stats(routing, real)

@@ -25,6 +25,11 @@ def stack_layers(build: Callable[..., Layer], count: int, *, rngs: nnx.Rngs) -> 
     return layers
 
 
+def number_of(layers: nnx.Module) -> int:
+    """How many layers a stack has."""
+    return jax.tree.leaves(layers)[0].shape[0]
+
+
 def layer_at(layers: Layer, index: int) -> Layer:
     """One layer of a stack, as an ordinary module."""
     return jax.tree.map(lambda stacked: stacked[index], layers)

@@ -1,5 +1,6 @@
 """DeepSeek-V3.2 as a whole."""
 
+import functools
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
@@ -11,11 +12,11 @@ from dsjax.config import ModelConfig
 from dsjax.models.block import DecoderLayer, LayerStats
 from dsjax.models.linear import Linear
 from dsjax.models.mla import Latents
-from dsjax.models.moe import MoE, Router
+from dsjax.models.moe import MoE, Router, StackedExperts
 from dsjax.models.mtp import MultiTokenPrediction
 from dsjax.models.norms import RMSNorm
 from dsjax.models.rope import Rope, rope_at
-from dsjax.models.stack import rematerialise, stack_layers
+from dsjax.models.stack import number_of, rematerialise, stack_layers
 
 T = TypeVar("T")
 
@@ -83,21 +84,27 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         with_indexer_loss: bool = False,
+        inference: bool = False,
     ) -> Output:
-        """Runs whole sequences. Positions default to 0..T-1, segments to one a sequence; segment 0 is padding."""
+        """Runs whole sequences. Positions default to 0..T-1, segments to one a sequence; segment 0 is padding.
+
+        ``inference`` promises that no gradient is taken: experts are read where they lie in the stack.
+        """
         positions, segment_ids = _defaults(tokens, positions, segment_ids)
         rope = rope_at(positions, self.config)
 
-        def run(x: Array, layer: DecoderLayer):
-            x, stats, latents = layer(x, rope, segment_ids, with_indexer_loss=with_indexer_loss)
+        def run(x: Array, index_and_layer: tuple[Array, DecoderLayer], layers: DecoderLayer):
+            index, layer = index_and_layer
+            stacked = _stacked_experts(layers, index) if inference else None
+            x, stats, latents = layer(x, rope, segment_ids, stacked, with_indexer_loss=with_indexer_loss)
             return x, (stats, latents)
 
-        run = rematerialise(run, self.config.remat)
         x, stats, latents = self.embed(tokens), [], []
         for layers in (self.dense_layers, self.moe_layers):
             results = (None, None)
             if layers is not None:
-                x, results = jax.lax.scan(run, x, layers)
+                step = rematerialise(functools.partial(run, layers=layers), self.config.remat)
+                x, results = jax.lax.scan(step, x, (jnp.arange(number_of(layers)), layers))
             stats.append(results[0])
             latents.append(results[1])
         return Output(x, Stacks(*stats), Stacks(*latents))
@@ -136,16 +143,21 @@ class Transformer(nnx.Module):
         """
         rope: Rope = rope_at(number, self.config)
 
-        def run(x: Array, layer_and_cache: tuple[DecoderLayer, Latents]):
-            layer, layer_cache = layer_and_cache
-            return layer.decode(x, rope, number, layer_cache)
+        def run(x: Array, step: tuple[Array, DecoderLayer, Latents], layers: DecoderLayer):
+            index, layer, layer_cache = step
+            return layer.decode(x, rope, number, layer_cache, _stacked_experts(layers, index))
 
         x, caches = self.embed(tokens), []
         for layers, layer_cache in zip((self.dense_layers, self.moe_layers), cache, strict=True):
             if layers is not None and layer_cache is not None:
-                x, layer_cache = jax.lax.scan(run, x, (layers, layer_cache))
+                steps = (jnp.arange(number_of(layers)), layers, layer_cache)
+                x, layer_cache = jax.lax.scan(functools.partial(run, layers=layers), x, steps)
             caches.append(layer_cache)
         return x, Stacks(*caches)
+
+
+def _stacked_experts(layers: DecoderLayer, index: Array) -> StackedExperts | None:
+    return StackedExperts(layers.mlp.experts, index) if isinstance(layers.mlp, MoE) else None
 
 
 def _defaults(tokens, positions, segment_ids):

@@ -10,10 +10,11 @@ def expert_mlp(
     x: Float[Array, "N D"],
     experts: Int[Array, "N K"],
     weights: Float[Array, "N K"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "*L E D F"],
+    up: Float[Array, "*L E D F"],
+    down: Float[Array, "*L E F D"],
     *,
+    layer: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "N D"]:
     """``Σ_k weights[n,k] · (SiLU(x gate[e]) · x up[e]) down[e]`` with ``e = experts[n,k]``, in float32.
@@ -22,7 +23,11 @@ def expert_mlp(
     not grow with the number of experts, nor with how unevenly they are loaded. Products in the dtype of ``x`` with
     float32 accumulation. Differentiable in all but ``experts``.
 
+    With ``layer`` the matrices are those of a stack of layers, and this one's are used: the reference then reads the
+    chosen experts alone, where taking the layer out of the stack first would copy them all. For inference; the
+    gradient would be as large as the stack.
+
     Source: V3 report eq. 12.
     """
     available = {"reference": reference.expert_mlp, "tpu": grouped.expert_mlp, "gpu": grouped.expert_mlp}
-    return choose("expert_mlp", implementation, available)(x, experts, weights, gate, up, down)
+    return choose("expert_mlp", implementation, available)(x, experts, weights, gate, up, down, layer)

@@ -12,11 +12,14 @@ def expert_mlp(
     x: Float[Array, "N D"],
     experts: Int[Array, "N K"],
     weights: Float[Array, "N K"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "*L E D F"],
+    up: Float[Array, "*L E D F"],
+    down: Float[Array, "*L E F D"],
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "N D"]:
     """See ``api.expert_mlp``. The inner activations of all pairs exist at once."""
+    if layer is not None:
+        gate, up, down = (matrix[layer] for matrix in (gate, up, down))
     gate, up, down = (matrix.astype(x.dtype) for matrix in (gate, up, down))
     sizes, order = count(experts, gate.shape[0]), sort_by_expert(experts)
     place = jnp.argsort(order)  # where each pair went

@@ -7,11 +7,11 @@ own gets the weight 0 and goes to rows past the end of the output.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.expert_mlp.sort import count, sort_by_expert
 
@@ -56,8 +56,8 @@ def _sorted_pairs(experts: Array, weights: Array, num_experts: int, rows: int) -
 
 
 def _over_blocks(
-    body: Callable[..., object], carry: object, pairs: _Pairs, expert: Array, x: Array, rows: int
-) -> object:
+    body: Callable[[Any, _Block], Any], carry: Any, pairs: _Pairs, expert: Array, x: Array, rows: int
+) -> Any:
     """``carry = body(carry, block)`` for every block of an expert."""
     first, size = pairs.first[expert], pairs.size[expert]
     place = jnp.arange(rows, dtype=jnp.int32)
@@ -74,7 +74,7 @@ def _over_blocks(
 
 
 def _rows(x: Float[Array, "N D"], token: Int[Array, "R"]) -> Float[Array, "R D"]:
-    return x.at[token].get(mode="promise_in_bounds")
+    return jnp.asarray(x).at[token].get(mode="promise_in_bounds")
 
 
 def _product(a: Array, b: Array, contract_a: int = 1, contract_b: int = 0) -> Array:
@@ -82,14 +82,16 @@ def _product(a: Array, b: Array, contract_a: int = 1, contract_b: int = 0) -> Ar
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _forward(x, experts, weights, gate, up, down):
-    num_experts, rows = gate.shape[0], _rows_per_block(experts.size, gate.shape[0])
+def _forward(x, experts, weights, gate, up, down, layer=None):
+    num_experts = down.shape[-3]
+    rows = _rows_per_block(experts.size, num_experts)
     pairs = _sorted_pairs(experts, weights, num_experts, rows)
     active = jnp.argsort(pairs.size == 0, stable=True)  # those with tokens first
 
     def run_expert(i, total):
         expert = active[i]
-        gate_e, up_e, down_e = (matrix[expert].astype(x.dtype) for matrix in (gate, up, down))
+        place = expert if layer is None else (layer, expert)
+        gate_e, up_e, down_e = (matrix[place].astype(x.dtype) for matrix in (gate, up, down))
 
         def run_block(total, block: _Block):
             h = jax.nn.silu(_product(block.x, gate_e)) * _product(block.x, up_e) * block.weight
@@ -125,13 +127,22 @@ def _backward(residuals, d_y):
             d_b = (d_h * silu).astype(x.dtype)
             d_x = block.added(d_x, _product(d_a, gate_e, 1, 1) + _product(d_b, up_e, 1, 1))
             d_down += _product((h * block.weight).astype(x.dtype), d_y_block, 0, 0)
-            return d_x, d_weight, d_gate + _product(block.x, d_a, 0, 0), d_up + _product(block.x, d_b, 0, 0), d_down
+            return (
+                d_x,
+                d_weight,
+                d_gate + _product(block.x, d_a, 0, 0),
+                d_up + _product(block.x, d_b, 0, 0),
+                d_down,
+            )
 
         zeros = [jnp.zeros(matrix.shape, jnp.float32) for matrix in matrices]
         d_x, d_weight, *d_matrices = _over_blocks(run_block, (*carry, *zeros), pairs, expert, x, rows)
         return (d_x, d_weight), [d.astype(m.dtype) for d, m in zip(d_matrices, matrices, strict=True)]
 
-    zeros = jnp.zeros((x.shape[0] + rows, x.shape[1]), jnp.float32), jnp.zeros(pairs.weight.shape, jnp.float32)
+    zeros = (
+        jnp.zeros((x.shape[0] + rows, x.shape[1]), jnp.float32),
+        jnp.zeros(pairs.weight.shape, jnp.float32),
+    )
     every = jnp.arange(gate.shape[0])
     (d_x, d_weight), d_matrices = jax.lax.scan(run_expert, zeros, (every, gate, up, down))
     d_weight = d_weight[: weights.size]
@@ -140,17 +151,24 @@ def _backward(residuals, d_y):
     return d_x[: x.shape[0]].astype(x.dtype), None, d_weights, *d_matrices
 
 
-@jax.custom_vjp
 def expert_mlp(
     x: Float[Array, "N D"],
     experts: Int[Array, "N K"],
     weights: Float[Array, "N K"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "*L E D F"],
+    up: Float[Array, "*L E D F"],
+    down: Float[Array, "*L E F D"],
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "N D"]:
     """See ``api.expert_mlp``."""
+    if layer is not None:
+        return _forward(x, experts, weights, gate, up, down, layer)[0]
+    return _of_one_layer(x, experts, weights, gate, up, down)
+
+
+@jax.custom_vjp
+def _of_one_layer(x, experts, weights, gate, up, down):
     return _forward(x, experts, weights, gate, up, down)[0]
 
 
-expert_mlp.defvjp(_forward, _backward)
+_of_one_layer.defvjp(_forward, _backward)

@@ -14,30 +14,19 @@ import numpy as np
 import torch
 
 TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS.parent), str(TESTS / "dsjax" / "models"), str(TESTS / "parity")]
+sys.path += [str(TESTS.parent), str(TESTS / "helpers")]
 
 from golden_cases import CASES, LENGTH, POSITIONS, golden_config  # noqa: E402
-from small_model import random_model, random_tokens, smallest_margin  # noqa: E402
+from small_model import random_model, random_tokens, seed_with_margin  # noqa: E402
 from transformers_model import hf_model  # noqa: E402
 
 MARGIN = 1e-5
 
 
-def seed_with_margin(config) -> int:
-    """The first seed without near-ties in the selection."""
-    if not config.has_indexer:
-        return 0
-    return next(
-        seed
-        for seed in range(1000)
-        if smallest_margin(random_model(config, seed), random_tokens(config, (1, LENGTH), seed)) > MARGIN
-    )
-
-
 def main() -> None:
     for name in CASES:
         config = golden_config(name)
-        seed = seed_with_margin(config)
+        seed = seed_with_margin(config, (1, LENGTH), MARGIN)
         tokens = random_tokens(config, (1, LENGTH), seed)
         with torch.no_grad():
             logits = hf_model(random_model(config, seed))(torch.tensor(tokens, dtype=torch.long)).logits

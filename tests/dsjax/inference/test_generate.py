@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import quick_jit, random_model, small_config
+from numerics import quick_jit
+from small_model import random_model, small_config
 
 from dsjax.inference.generate import generate
 

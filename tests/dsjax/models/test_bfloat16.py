@@ -20,7 +20,7 @@ def test_a_length_below_the_block_size_runs():
     jaxlib 0.12.0.1 on CPUs fuses the indexer's head weights, a product in bfloat16, with the padding of the
     queries and the sum over heads, and the result reads memory it should not.
     """
-    folder = Path(__file__).parent
-    program = _FORWARD.format(repository=str(folder.parents[2]), folder=str(folder))
+    repository = Path(__file__).parents[3]
+    program = _FORWARD.format(repository=str(repository), folder=str(repository / "tests" / "helpers"))
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (finished.returncode, finished.stdout.strip()) == (0, "True"), finished.stderr[-2000:]

@@ -6,15 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import (
-    quick_jit,
-    random_model,
-    random_tokens,
-    relative,
-    small_config,
-    smallest_margin,
-    with_config,
-)
+from numerics import quick_jit, relative
+from small_model import random_model, random_tokens, small_config, smallest_margin, with_config
 
 from dsjax.models.transformer import cache_from
 

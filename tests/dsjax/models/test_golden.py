@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from golden_cases import CASES, LENGTH, POSITIONS, golden_config
-from small_model import logits_of, random_model, random_tokens, relative, with_config
+from numerics import relative
+from small_model import logits_of, random_model, random_tokens, with_config
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from e4m3 import VALUES
-from small_model import quick_jit, random_model, relative, small_config, variables
+from numerics import quick_jit, relative
+from small_model import random_model, small_config, variables
 from transcription import IndexerTranscription, float64
 
 from dsjax.models.rope import rope_at

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from small_model import logits_of, random_model, random_tokens, relative, small_config, with_config
+from numerics import relative
+from small_model import logits_of, random_model, random_tokens, small_config, with_config
 
 LENGTH = 600
 FORMS = {"mha": LENGTH, "mqa": 64}  # dense_attention_max_length

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import quick_jit, random_model, relative, small_config, variables
+from numerics import quick_jit, relative
+from small_model import random_model, small_config, variables
 from transcription import AttentionTranscription, IndexerTranscription, float64, softmax
 
 from dsjax.models.rope import rope_at

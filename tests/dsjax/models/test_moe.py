@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import call, quick_jit, random_model, relative, small_config
+from numerics import quick_jit, relative
+from small_model import call, random_model, small_config
 
 from dsjax.models.moe import RouterBias, Routing, balance_stats
 from dsjax.models.stack import layer_at

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import quick_jit, random_model, random_tokens, relative, small_config, variables
+from numerics import quick_jit, relative
+from small_model import random_model, random_tokens, small_config, variables
 from transcription import float64, rms_norm
 
 from dsjax.models.rope import rope_at

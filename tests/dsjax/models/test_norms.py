@@ -7,7 +7,7 @@ of the result alone.
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import relative
+from numerics import relative
 
 from dsjax.models.norms import LayerNorm, RMSNorm
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import quick_jit, relative, small_config
+from numerics import quick_jit, relative
+from small_model import small_config
 
 from dsjax.config import presets
 from dsjax.models.rope import frequencies, rope_at, rotate_half, rotate_interleaved

@@ -1,4 +1,4 @@
-"""How the tests of the operations compare: by relative error, and gradients by float64 differences."""
+"""How the tests compile and compare: by relative error, and gradients by float64 differences."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -1,21 +1,18 @@
 """A small model with every part of V3.2 and nothing zero in it, and how the tests compile and compare."""
 
 import dataclasses
-import functools
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from numerics import quick_jit
 
 from dsjax.config import ModelConfig, presets
 from dsjax.models.rope import rope_at
 from dsjax.models.transformer import Transformer
 from pallas_kernels.indexer.api import index_scores
-
-# The same program with less machine-code tuning: compiling is most of a test's time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @quick_jit
@@ -160,8 +157,16 @@ def smallest_margin(model: Transformer, tokens, positions=None) -> jax.Array:
     return jnp.min(jnp.concatenate(through_layers(model, margin, tokens, positions)))
 
 
-def relative(a, b) -> float:
-    """``‖a - b‖ / ‖b‖`` in float64."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    assert a.shape == b.shape, (a.shape, b.shape)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+def seed_with_margin(
+    config: ModelConfig, shape: tuple[int, int], margin: float, positions=None, first: int = 0
+) -> int:
+    """The first seed from ``first`` on whose random model selects every key of random tokens by that margin."""
+    if not 0 < config.index_topk < shape[1]:
+        return first
+    for seed in range(first, first + 1000):
+        if (
+            smallest_margin(random_model(config, seed), random_tokens(config, shape, seed), positions)
+            > margin
+        ):
+            return seed
+    raise AssertionError(f"no seed with a margin of {margin} among a thousand")
