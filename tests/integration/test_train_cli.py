@@ -86,7 +86,7 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
     metrics = workdir / "metrics.jsonl"
     for _ in range(3000):
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        if lines and f'"step": {step}' in lines[-1]:
+        if any(f'"step": {step},' in line for line in lines):
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
