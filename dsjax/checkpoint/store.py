@@ -1,5 +1,6 @@
 """Saved states of a run, through orbax, asynchronously and whole or not at all."""
 
+import logging
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,11 @@ def _dotted(path: tuple[Any, ...]) -> str:
     parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
     # A variable's array is a child called "value" of the variable.
     return ".".join(parts[:-1] if parts[-1] == "value" else parts)
+
+
+def _no_data_metadata(record: logging.LogRecord) -> bool:
+    """Drops orbax's warning that the place in the data has no metadata: nobody asks for it."""
+    return not record.getMessage().startswith("Failed to get metadata for checkpointable: data")
 
 
 class CheckpointStore:
@@ -87,7 +93,12 @@ class CheckpointStore:
         return from_named_leaves(target, {name.removeprefix(f"{prefix}."): loaded[name] for name in wanted})
 
     def _saved_arrays(self, step: int) -> dict[str, Any]:
-        return self._orbax.checkpointables_metadata(step).metadata["state"]
+        logger = logging.getLogger("absl")
+        logger.addFilter(_no_data_metadata)
+        try:
+            return self._orbax.checkpointables_metadata(step).metadata["state"]
+        finally:
+            logger.removeFilter(_no_data_metadata)
 
     def _check_same_arrays(self, step: int, wanted: dict[str, Any], *, only_these: bool = False) -> None:
         saved = self._saved_arrays(step)
