@@ -46,6 +46,11 @@ def _no_data_metadata(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Failed to get metadata for checkpointable: data")
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether the run in ``workdir`` has saved anything: a finished checkpoint's folder is named by its step."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
 class CheckpointStore:
     """The checkpoints of a run in ``WORKDIR/checkpoints``: the state and the place in the data, together.
 

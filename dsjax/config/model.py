@@ -11,7 +11,7 @@ from dsjax.config.freeze import Freezable
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RopeScaling(Freezable):
-    """YaRN context extension. Source: SPEC §1.4; ``config.json: rope_scaling``."""
+    """YaRN context extension. Source: YaRN §3; ``config.json: rope_scaling``."""
 
     # How many times longer than the original the context becomes. 1: not at all.
     factor: float = 40.0
@@ -177,6 +177,11 @@ class ModelConfig(Freezable):
             raise ConfigError(
                 f"model.num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1: "
                 "the released models have one multi-token-prediction module"
+            )
+        if self.num_moe_layers + self.num_nextn_predict_layers == 0:
+            raise ConfigError(
+                f"model.first_k_dense_replace={self.first_k_dense_replace} leaves no mixture-of-experts layer: "
+                f"use at most {self.num_hidden_layers - 1}"
             )
         if self.qk_rope_head_dim % 2:
             raise ConfigError(

@@ -36,7 +36,7 @@ def v32_16b() -> ModelConfig:
 
 
 def v32_small() -> ModelConfig:
-    """About 100M parameters, 22M active: the model of the CPU benchmarks."""
+    """About 100M parameters, 24M active: the model of the CPU benchmarks."""
     return ModelConfig(
         vocab_size=8192,
         hidden_size=512,
@@ -66,7 +66,7 @@ def v32_small() -> ModelConfig:
 
 
 def v32_tiny() -> ModelConfig:
-    """Two million parameters with every part of V3.2: what ``configs/tiny.py`` trains on a laptop."""
+    """Under three million parameters with every part of V3.2: what ``configs/tiny.py`` trains on a laptop."""
     return ModelConfig(
         vocab_size=2048,
         hidden_size=128,

@@ -13,6 +13,7 @@ from dsjax.data import heldout_batches, prepare
 from dsjax.evals.heldout import heldout_loss
 from dsjax.inference.text import complete
 from dsjax.models.transformer import Transformer
+from dsjax.train.workdir import changes_since
 
 
 def run(command: Command) -> None:
@@ -21,6 +22,7 @@ def run(command: Command) -> None:
     ``eval.batches`` says how much of the held-out text is used, the ``eval.sample_*`` fields what is written.
     """
     config, workdir = command.config, command.workdir
+    changes_since(config, workdir)  # refuses another model
     model, step = load_model(config, workdir)
     prepared = prepare(config.data, vocab_size=config.model.vocab_size, workdir=workdir)
     batches = heldout_batches(

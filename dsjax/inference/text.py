@@ -13,6 +13,7 @@ from dsjax.models.transformer import Transformer
 def complete(model: Transformer, tokenizer: Tokenizer, settings: EvalConfig, *, seed: int) -> str:
     """The prompt of ``settings`` and what the model writes after it, up to the end of the document."""
     ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode_documents([settings.sample_prompt])[0]])
+    ids = ids[-(model.config.max_position_embeddings - 1) :]  # of a longer prompt, its end
     room = model.config.max_position_embeddings - len(ids)
     new = generate(
         model,

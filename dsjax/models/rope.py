@@ -20,7 +20,7 @@ class Rope(NamedTuple):
 def frequencies(config: ModelConfig) -> Float[np.ndarray, "R/2"]:
     """Radians a token for each pair, float32: ``theta^(-2i/R)``, blended by YaRN beyond the original length.
 
-    Source: YaRN §3; SPEC §1.4; ``config.json: rope_theta, rope_scaling``.
+    Source: YaRN §3; ``config.json: rope_theta, rope_scaling``.
     """
     dim = config.qk_rope_head_dim
     plain = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)

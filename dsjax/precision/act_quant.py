@@ -23,7 +23,7 @@ def act_quant(
     ``s = 2^⌈log₂(max(|x|, 1e-4) / 448)⌉``. A last axis shorter than ``group_size`` is one group. Returns y in
     float8_e4m3fn and s in float32; ``y · s`` restores x to e4m3's precision.
 
-    Source: V3.2-Exp released inference code (``act_quant`` with ue8m0 scales); SPEC §1.5.
+    Source: V3.2-Exp released inference code (``act_quant`` with ue8m0 scales).
     """
     group_size = min(group_size, x.shape[-1])
     groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group_size)

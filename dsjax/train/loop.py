@@ -93,7 +93,7 @@ class Run:
         peak = config.log.peak_flops or peak_flops(jax.devices()[0]).flops_per_second
         self.throughput = Throughput(
             flops_per_token=train_flops_per_token(config.model, config.train.sequence_length),
-            peak_flops=peak * jax.device_count(),
+            peak_flops=peak,
         )
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.last_heldout: HeldoutLoss | None = None
@@ -124,6 +124,7 @@ class Run:
                 f"train step compiled in {seconds:.1f} s; first step {self._elapsed():.1f} s after the start"
             )
             self.throughput.window(1)
+            self.last_reported = first
             # ------------------------------------------------------------ the steps
             step = first
             while step < steps and self.stop.received is None:
@@ -132,6 +133,7 @@ class Run:
                 self._report()
                 self.pending = (step, metrics)
                 self._at_intervals(step, state)
+            self.stop.announce(self.progress)
             # ------------------------------------------------------------ the end
             self._report()
             self._save(step, state)
@@ -161,7 +163,8 @@ class Run:
         metrics = {name: float(value) for name, value in device_metrics.items()}
         if step % every == 0 or step == self.config.train.steps:
             tokens = self.config.train.batch_size * self.config.train.sequence_length
-            window = self.throughput.window(tokens * every)
+            window = self.throughput.window(tokens * (step - self.last_reported))
+            self.last_reported = step
             self.writer.write(step, metrics)
             speed = {"timing/tokens_per_second": window.tokens_per_second, "timing/mfu": window.mfu}
             self.writer.write_timing(step, speed | {"timing/elapsed_seconds": self._elapsed()})
@@ -225,7 +228,7 @@ class Run:
 
     def _say_how_to_resume(self, step: int) -> None:
         name = self.stop.received.name if self.stop.received else "stopped"
-        saved = f"saved at step {self.store.latest_step or step}" if step else "nothing to save yet"
+        saved = f"saved at step {self.store.latest_step}" if self.store.latest_step else "nothing to save yet"
         self.progress.say(f"{name}: {saved}; run the same command again to go on")
 
     def _finish(self, state: TrainState) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from dsjax.checkpoint.store import has_checkpoint
 from dsjax.config import ConfigError, RunConfig
 from dsjax.config.record import to_dict
 
@@ -21,20 +22,29 @@ _FREE = (
 def claim(config: RunConfig, workdir: Path) -> list[str]:
     """Makes the folder and keeps ``config.json`` in it; returns what changed since the run began there.
 
+    A run begins with its first checkpoint: until then any field may be corrected.
+
     Raises ConfigError where the folder holds a run of another model or other data, naming the field.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    changes = changes_since(config, workdir) if has_checkpoint(workdir) else []
     path = workdir / "config.json"
-    now, changes = to_dict(config), []
-    if path.exists():
-        before, after = _flat(_read(path)), _flat(now)
-        for name in after:
-            if before.get(name) != after[name]:
-                _refuse_if_fixed(name, before.get(name), after[name], workdir)
-                changes.append(f"{name}: {before.get(name)} -> {after[name]}")
     temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(now, indent=2) + "\n")
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
     os.replace(temporary, path)
+    return changes
+
+
+def changes_since(config: RunConfig, workdir: Path) -> list[str]:
+    """How ``config`` differs from the ``config.json`` there; raises as ``claim`` does, and writes nothing."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return []
+    before, after, changes = _flat(_read(path)), _flat(to_dict(config)), []
+    for name in after:
+        if before.get(name) != after[name]:
+            _refuse_if_fixed(name, before.get(name), after[name], workdir)
+            changes.append(f"{name}: {before.get(name)} -> {after[name]}")
     return changes
 
 

@@ -82,6 +82,10 @@ def _product(a: Array, b: Array, contract_a: int = 1, contract_b: int = 0) -> Ar
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
+def _swiglu(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
 def _forward(x, experts, weights, gate, up, down, layer=None):
     num_experts = down.shape[-3]
     rows = _rows_per_block(experts.size, num_experts)
@@ -94,7 +98,7 @@ def _forward(x, experts, weights, gate, up, down, layer=None):
         gate_e, up_e, down_e = (matrix[place].astype(x.dtype) for matrix in (gate, up, down))
 
         def run_block(total, block: _Block):
-            h = jax.nn.silu(_product(block.x, gate_e)) * _product(block.x, up_e) * block.weight
+            h = _swiglu(_product(block.x, gate_e), _product(block.x, up_e)) * block.weight
             return block.added(total, _product(h.astype(x.dtype), down_e))
 
         return _over_blocks(run_block, total, pairs, expert, x, rows)
@@ -115,25 +119,16 @@ def _backward(residuals, d_y):
 
         def run_block(carry, block: _Block):
             d_x, d_weight, d_gate, d_up, d_down = carry
-            a, b = _product(block.x, gate_e), _product(block.x, up_e)
-            sigmoid = jax.nn.sigmoid(a)
-            silu = sigmoid * a
-            h = silu * b
             d_y_block = _rows(d_y, block.token)
+            h, swiglu_backward = jax.vjp(_swiglu, _product(block.x, gate_e), _product(block.x, up_e))
             d_h = _product(d_y_block, down_e, 1, 1)
             d_weight = jax.lax.dynamic_update_slice(d_weight, jnp.sum(d_h * h, axis=1), (block.start,))
-            d_h = d_h * block.weight
-            d_a = (d_h * b * (sigmoid + silu * (1 - sigmoid))).astype(x.dtype)
-            d_b = (d_h * silu).astype(x.dtype)
+            d_a, d_b = (d.astype(x.dtype) for d in swiglu_backward(d_h * block.weight))
             d_x = block.added(d_x, _product(d_a, gate_e, 1, 1) + _product(d_b, up_e, 1, 1))
+            d_gate += _product(block.x, d_a, 0, 0)
+            d_up += _product(block.x, d_b, 0, 0)
             d_down += _product((h * block.weight).astype(x.dtype), d_y_block, 0, 0)
-            return (
-                d_x,
-                d_weight,
-                d_gate + _product(block.x, d_a, 0, 0),
-                d_up + _product(block.x, d_b, 0, 0),
-                d_down,
-            )
+            return d_x, d_weight, d_gate, d_up, d_down
 
         zeros = [jnp.zeros(matrix.shape, jnp.float32) for matrix in matrices]
         d_x, d_weight, *d_matrices = _over_blocks(run_block, (*carry, *zeros), pairs, expert, x, rows)

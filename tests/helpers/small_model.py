@@ -1,4 +1,4 @@
-"""A small model with every part of V3.2 and nothing zero in it, and how the tests compile and compare."""
+"""A small model with every part of V3.2 and nothing zero in it, and what the tests do with it."""
 
 import dataclasses
 import zlib

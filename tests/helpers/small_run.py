@@ -6,12 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numerics import quick_jit
 
 from dsjax.config import ModelConfig, RunConfig, presets
 from dsjax.train.step import build_train_step
-
-# The same program with less machine-code tuning: compiling is most of a test's time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import batch_of, compiled_step, quick_jit, random_batch, small_run
+from numerics import quick_jit
+from small_run import batch_of, compiled_step, random_batch, small_run
 
 from dsjax.checkpoint.store import named_leaves
 from dsjax.train.losses import objective, second_next

@@ -17,13 +17,24 @@ def changed(config, **rooms):
     return copy
 
 
+def begun(workdir) -> None:
+    """A run that has saved something."""
+    claim(small_run(), workdir)
+    (workdir / "checkpoints" / "10").mkdir(parents=True)
+
+
+def test_before_the_first_checkpoint_a_mistyped_field_can_be_corrected(tmp_path):
+    claim(changed(small_run(), data={"paths": ("mistyped",)}), tmp_path)
+    assert claim(small_run(), tmp_path) == []
+
+
 def test_the_same_run_goes_on(tmp_path):
     assert claim(small_run(), tmp_path / "new") == []
     assert claim(small_run(), tmp_path / "new") == []
 
 
 def test_what_may_change_is_listed_and_kept(tmp_path):
-    claim(small_run(), tmp_path)
+    begun(tmp_path)
     longer = changed(small_run(), train={"steps": 2000}, model={"remat": "full"})
     assert sorted(claim(longer, tmp_path)) == ["model.remat: none -> full", "train.steps: 1000 -> 2000"]
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 2000
@@ -40,7 +51,7 @@ def test_what_may_change_is_listed_and_kept(tmp_path):
     ],
 )
 def test_another_model_or_other_data_is_refused_and_nothing_overwritten(tmp_path, room, field, value):
-    claim(small_run(), tmp_path)
+    begun(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(ConfigError, match=rf"{room}\.{field}=.*differs.*new --workdir"):
         claim(changed(small_run(), **{room: {field: value}}), tmp_path)
@@ -48,6 +59,7 @@ def test_another_model_or_other_data_is_refused_and_nothing_overwritten(tmp_path
 
 
 def test_a_damaged_config_file_is_named(tmp_path):
+    begun(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not readable JSON"):
         claim(small_run(), tmp_path)
