@@ -106,9 +106,8 @@ class MultiHeadLatentAttention(nnx.Module):
         Segment 0 is padding; tokens of different segments do not see each other.
         """
         queries, latents = self.project(x, rope)
-        if (
-            not with_indexer_loss
-        ):  # the selection carries no gradient: without the loss there is none to compute
+        # The selection carries no gradient: without the loss there is none to compute.
+        if not with_indexer_loss:
             index, index_key = jax.lax.stop_gradient((queries.indexer, latents.index_key))
             queries, latents = queries._replace(indexer=index), latents._replace(index_key=index_key)
         number = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), segment_ids.shape)
