@@ -1,5 +1,7 @@
 """AdamW with the report's learning-rate shape."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,12 +30,14 @@ def learning_rate(config: OptimizerConfig, step: ArrayLike) -> Float[Array, ""]:
     return rate
 
 
-def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, decoupled decay of matrices, and the schedule."""
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, Adam, decoupled decay of matrices, and the schedule.
+
+    ``update`` takes the norm of the gradients as ``grad_norm``.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        _with_moment_dtype(adam, jnp.dtype(config.moment_dtype)),
+        _clip_by_global_norm(config.clip_norm),
+        _scale_by_adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(lambda step: learning_rate(config, step)),
     )
@@ -48,21 +52,53 @@ def decayed(params: nnx.State) -> nnx.State:
     return jax.tree.map(is_matrix, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def _with_moment_dtype(adam: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Keeps both moments in ``dtype`` between steps; the update itself runs in float32."""
-
-    def cast(state: optax.OptState, to: jnp.dtype) -> optax.OptState:
-        assert isinstance(state, optax.ScaleByAdamState)
-        mu, nu = jax.tree.map(lambda moment: moment.astype(to), (state.mu, state.nu))
-        return state._replace(mu=mu, nu=nu)
-
-    def init(params: optax.Params) -> optax.OptState:
-        return cast(adam.init(params), dtype)
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """As in optax, of a norm already known, by a product: XLA would store quotients, a copy of all gradients."""
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        gradients: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        grad_norm: Float[Array, ""],
+        **_: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        updates, state = adam.update(updates, cast(state, jnp.dtype("float32")), params)
-        return updates, cast(state, dtype)
+        factor = max_norm / jnp.maximum(grad_norm, max_norm)
+        return jax.tree.map(lambda gradient: gradient * factor, gradients), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """As in optax, in float32, with both moments kept in ``moment_dtype`` and the update taken from those kept.
+
+    The barrier makes the moments final before they are used. Without it XLA computes them again for the update,
+    from the old ones, of which it then needs a copy: 2.4 times the time on CPU, and twice the memory.
+    """
+    dtype = jnp.dtype(config.moment_dtype)
+
+    def cast(tree: optax.Updates, to: jnp.dtype) -> optax.Updates:
+        return jax.tree.map(lambda x: x.astype(to), tree)
+
+    def in_float32(tree: optax.Updates) -> optax.Updates:
+        return cast(tree, jnp.dtype("float32"))
+
+    def update(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        assert isinstance(state, optax.ScaleByAdamState)
+        gradients, mu, nu = (in_float32(tree) for tree in (gradients, state.mu, state.nu))
+        mu = optax.tree.update_moment(gradients, mu, config.beta1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(gradients, nu, config.beta2, 2)
+        mu, nu = jax.lax.optimization_barrier((cast(mu, dtype), cast(nu, dtype)))
+        count = state.count + 1
+        first = optax.tree.bias_correction(in_float32(mu), config.beta1, count)
+        second = optax.tree.bias_correction(in_float32(nu), config.beta2, count)
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.eps), first, second)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    def init(params: optax.Params) -> optax.OptState:
+        mu, nu = (jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     return optax.GradientTransformation(init, update)

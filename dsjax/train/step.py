@@ -33,10 +33,17 @@ def build_train_step(config: RunConfig) -> Callable[[TrainState, DeviceBatch], t
 
         (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
         grad_norm = optax.global_norm(gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        old_and_new = (params, state.optimizer), (optax.apply_updates(params, updates), optimizer_state)
-        params, optimizer_state = jax.tree.map(lambda old, new: jnp.where(good, new, old), *old_and_new)
+
+        def updated(params: nnx.State, optimizer_state: optax.OptState):
+            updates, optimizer_state = optimizer.update(
+                gradients, optimizer_state, params, grad_norm=grad_norm
+            )
+            return optax.apply_updates(params, updates), optimizer_state
+
+        params, optimizer_state = jax.lax.cond(
+            good, updated, lambda *unchanged: unchanged, params, state.optimizer
+        )
         model = nnx.merge(graph, params, rest)
         update_router_bias(model, parts.load, jnp.where(good, _bias_speed(train, state.step), 0.0))
         bad = (~good).astype(jnp.int32)

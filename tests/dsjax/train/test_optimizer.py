@@ -48,18 +48,22 @@ def test_without_cosine_the_rate_stays():
 def numpy_adamw(config, parameter, gradients, decay):
     """Three lines of Adam in float64."""
     p, m, v = parameter.astype(np.float64), 0.0, 0.0
+
+    def kept(moment):
+        return moment.astype(config.moment_dtype).astype(np.float64)
+
     for t, g in enumerate(gradients):
         g = g.astype(np.float64) * min(1.0, config.clip_norm / np.linalg.norm(g))
-        m = config.beta1 * m + (1 - config.beta1) * g
-        v = config.beta2 * v + (1 - config.beta2) * g * g
+        m = kept(config.beta1 * m + (1 - config.beta1) * g)
+        v = kept(config.beta2 * v + (1 - config.beta2) * g * g)
         step = m / (1 - config.beta1 ** (t + 1)) / (np.sqrt(v / (1 - config.beta2 ** (t + 1))) + config.eps)
         p = p - float(learning_rate(config, t)) * (step + decay * config.weight_decay * p)
     return p
 
 
-@pytest.mark.parametrize(("moments", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-3)])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(7, 5), (7,)])
-def test_adamw_is_the_formula_and_decays_matrices_only(shape, moments, tolerance):
+def test_adamw_is_the_formula_and_decays_matrices_only(shape, moments):
     config = OptimizerConfig(lr=1e-2, warmup_steps=3, moment_dtype=moments)
     rng = np.random.default_rng(0)
     parameter = rng.normal(size=shape).astype(np.float32)
@@ -69,13 +73,13 @@ def test_adamw_is_the_formula_and_decays_matrices_only(shape, moments, tolerance
     params = nnx.State({"w": nnx.Param(jnp.asarray(parameter), axes=axes)})
     state = optimizer.init(params)
     for gradient in gradients:
-        updates, state = optimizer.update(
-            jax.tree.map(lambda p, g=gradient: jnp.asarray(g), params), state, params
-        )
+        gradients_of = jax.tree.map(lambda p, g=gradient: jnp.asarray(g), params)
+        norm = jnp.linalg.norm(gradient)
+        updates, state = optimizer.update(gradients_of, state, params, grad_norm=norm)
         params = jax.tree.map(jnp.add, params, updates)
     expected = numpy_adamw(config, parameter, gradients, decay=float(len(shape) > 1))
     difference = np.linalg.norm(params["w"][...] - expected) / np.linalg.norm(expected - parameter)
-    assert difference < tolerance
+    assert difference < 1e-5
     stored = [leaf.dtype for leaf in jax.tree.leaves(state) if leaf.shape == shape]
     assert stored == [jnp.dtype(moments)] * 2
 
