@@ -41,6 +41,14 @@ class _Block(NamedTuple):
         """``total`` with ``rows`` added to those of the block's tokens."""
         return total.at[self.target].add(rows, mode="promise_in_bounds", unique_indices=True)
 
+    def put(self, pairs: Float[Array, "M+R ..."], rows: Float[Array, "R ..."]) -> Float[Array, "M+R ..."]:
+        """``pairs`` with ``rows`` in the block's place. Those of the next expert are put right by its own blocks."""
+        return jax.lax.dynamic_update_slice_in_dim(pairs, rows.astype(pairs.dtype), self.start, 0)
+
+    def take(self, pairs: Float[Array, "M+R F"]) -> Float[Array, "R F"]:
+        """The block's rows of ``pairs``, in float32."""
+        return jax.lax.dynamic_slice_in_dim(pairs, self.start, self.weight.shape[0]).astype(jnp.float32)
+
 
 def _rows_per_block(pairs: int, num_experts: int) -> int:
     """Half of what an expert has on average, so that little is computed for nothing."""
@@ -86,30 +94,35 @@ def _swiglu(gate: Array, up: Array) -> Array:
     return jax.nn.silu(gate) * up
 
 
-def _forward(x, experts, weights, gate, up, down, layer=None):
+def _forward(x, experts, weights, gate, up, down, layer=None, *, keep=True):
+    """The output and what ``_backward`` needs; the products before SwiGLU are among it if ``keep``."""
     num_experts = down.shape[-3]
     rows = _rows_per_block(experts.size, num_experts)
     pairs = _sorted_pairs(experts, weights, num_experts, rows)
     active = jnp.argsort(pairs.size == 0, stable=True)  # those with tokens first
 
-    def run_expert(i, total):
+    def run_expert(i, carry):
         expert = active[i]
         place = expert if layer is None else (layer, expert)
         gate_e, up_e, down_e = (matrix[place].astype(x.dtype) for matrix in (gate, up, down))
 
-        def run_block(total, block: _Block):
-            h = _swiglu(_product(block.x, gate_e), _product(block.x, up_e)) * block.weight
-            return block.added(total, _product(h.astype(x.dtype), down_e))
+        def run_block(carry, block: _Block):
+            total, kept = carry
+            products = _product(block.x, gate_e), _product(block.x, up_e)
+            h = _swiglu(*products) * block.weight
+            kept = [block.put(all_rows, product) for all_rows, product in zip(kept, products, strict=False)]
+            return block.added(total, _product(h.astype(x.dtype), down_e)), kept
 
-        return _over_blocks(run_block, total, pairs, expert, x, rows)
+        return _over_blocks(run_block, carry, pairs, expert, x, rows)
 
     total = jnp.zeros((x.shape[0] + rows, x.shape[1]), jnp.float32)
-    total = jax.lax.fori_loop(0, jnp.sum(pairs.size > 0), run_expert, total)
-    return total[: x.shape[0]], (x, weights, gate, up, down, pairs)
+    kept = [jnp.zeros((experts.size + rows, gate.shape[-1]), x.dtype)] * (2 if keep else 0)
+    total, kept = jax.lax.fori_loop(0, jnp.sum(pairs.size > 0), run_expert, (total, kept))
+    return total[: x.shape[0]], (x, weights, gate, up, down, pairs, kept)
 
 
 def _backward(residuals, d_y):
-    x, weights, gate, up, down, pairs = residuals
+    x, weights, gate, up, down, pairs, kept = residuals
     rows = pairs.token.shape[0] - weights.size
     d_y = d_y.astype(x.dtype)
 
@@ -120,9 +133,9 @@ def _backward(residuals, d_y):
         def run_block(carry, block: _Block):
             d_x, d_weight, d_gate, d_up, d_down = carry
             d_y_block = _rows(d_y, block.token)
-            h, swiglu_backward = jax.vjp(_swiglu, _product(block.x, gate_e), _product(block.x, up_e))
+            h, swiglu_backward = jax.vjp(_swiglu, *(block.take(product) for product in kept))
             d_h = _product(d_y_block, down_e, 1, 1)
-            d_weight = jax.lax.dynamic_update_slice(d_weight, jnp.sum(d_h * h, axis=1), (block.start,))
+            d_weight = block.put(d_weight, jnp.sum(d_h * h, axis=1))
             d_a, d_b = (d.astype(x.dtype) for d in swiglu_backward(d_h * block.weight))
             d_x = block.added(d_x, _product(d_a, gate_e, 1, 1) + _product(d_b, up_e, 1, 1))
             d_gate += _product(block.x, d_a, 0, 0)
@@ -157,13 +170,13 @@ def expert_mlp(
 ) -> Float[Array, "N D"]:
     """See ``api.expert_mlp``."""
     if layer is not None:
-        return _forward(x, experts, weights, gate, up, down, layer)[0]
+        return _forward(x, experts, weights, gate, up, down, layer, keep=False)[0]
     return _of_one_layer(x, experts, weights, gate, up, down)
 
 
 @jax.custom_vjp
 def _of_one_layer(x, experts, weights, gate, up, down):
-    return _forward(x, experts, weights, gate, up, down)[0]
+    return _forward(x, experts, weights, gate, up, down, keep=False)[0]
 
 
 _of_one_layer.defvjp(_forward, _backward)
