@@ -36,9 +36,10 @@ def generate(
         step, step_key = step_and_key
         number = jnp.full((prompts.shape[0], 1), length, jnp.int32) + step
         hidden, cache = model.decode(token[:, None], number, cache)
-        return (choose(model.logits(hidden[:, 0]), step_key), cache), token
+        token = choose(model.logits(hidden[:, 0]), step_key)
+        return (token, cache), token
 
-    steps = jnp.arange(max_new_tokens, dtype=jnp.int32)
-    keys = jax.random.split(key, max_new_tokens)
-    (_, _), tokens = jax.lax.scan(next_token, (first, cache), (steps, keys))
-    return tokens.T
+    steps = jnp.arange(max_new_tokens - 1, dtype=jnp.int32)
+    keys = jax.random.split(key, max_new_tokens - 1)
+    _, others = jax.lax.scan(next_token, (first, cache), (steps, keys))
+    return jnp.concatenate([first[None], others]).T

@@ -143,16 +143,19 @@ class Transformer(nnx.Module):
         """
         rope: Rope = rope_at(number, self.config)
 
-        def run(x: Array, step: tuple[Array, DecoderLayer, Latents], layers: DecoderLayer):
-            index, layer, layer_cache = step
-            return layer.decode(x, rope, number, layer_cache, _stacked_experts(layers, index))
+        # The cache is carried, not scanned over, so that it is updated where it lies.
+        def run(carry: tuple[Array, Latents], step: tuple[Array, DecoderLayer], layers: DecoderLayer):
+            (x, latents), (index, layer) = carry, step
+            own = jax.tree.map(lambda stacked: stacked[index], latents)
+            x, own = layer.decode(x, rope, number, own, _stacked_experts(layers, index))
+            return (x, jax.tree.map(lambda stacked, new: stacked.at[index].set(new), latents, own)), None
 
         x, caches = self.embed(tokens), []
-        for layers, layer_cache in zip((self.dense_layers, self.moe_layers), cache, strict=True):
-            if layers is not None and layer_cache is not None:
-                steps = (jnp.arange(number_of(layers)), layers, layer_cache)
-                x, layer_cache = jax.lax.scan(functools.partial(run, layers=layers), x, steps)
-            caches.append(layer_cache)
+        for layers, latents in zip((self.dense_layers, self.moe_layers), cache, strict=True):
+            if layers is not None and latents is not None:
+                steps = (jnp.arange(number_of(layers)), layers)
+                (x, latents), _ = jax.lax.scan(functools.partial(run, layers=layers), (x, latents), steps)
+            caches.append(latents)
         return x, Stacks(*caches)
 
 

@@ -169,9 +169,23 @@ def expert_mlp(
     layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "N D"]:
     """See ``api.expert_mlp``."""
+    if layer is not None and 2 * experts.size <= down.shape[-3]:
+        return _few(x, experts, weights, gate, up, down, layer)
     if layer is not None:
         return _forward(x, experts, weights, gate, up, down, layer, keep=False)[0]
     return _of_one_layer(x, experts, weights, gate, up, down)
+
+
+def _few(x, experts, weights, gate, up, down, layer):
+    """As when decoding: the matrices of each pair gathered, and all pairs at once."""
+    gate, up, down = (matrix[layer, experts.reshape(-1)].astype(x.dtype) for matrix in (gate, up, down))
+    x = jnp.repeat(x, experts.shape[1], axis=0)
+
+    def product(a, matrices):
+        return jnp.einsum("md,mdf->mf", a, matrices, preferred_element_type=jnp.float32)
+
+    h = _swiglu(product(x, gate), product(x, up)) * weights.reshape(-1, 1)
+    return jnp.sum(product(h.astype(x.dtype), down).reshape(*experts.shape, -1), axis=1)
 
 
 @jax.custom_vjp
