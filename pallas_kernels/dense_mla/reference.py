@@ -1,5 +1,7 @@
 """The contract of masked multi-head attention, in plain jnp."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -10,16 +12,16 @@ from pallas_kernels.softmax import exp_minus, sum_exp
 
 
 def masked_scores(
-    q: Float[Array, "B H T Q"], k: Float[Array, "B H S Q"], mask: Bool[Array, "B T S"]
+    q: Float[Array, "B H T Q"], k: Float[Array, "B H S Q"], mask: Bool[Array, "B T S"], scale: float
 ) -> Float[Array, "B H T S"]:
-    """``q kᵀ`` in float32, -inf where masked. The softmax scale is in ``q`` already.
+    """``scale · q kᵀ`` in float32, -inf where masked.
 
     The mask is added as its logarithm, 0 or -inf: XLA on CPUs computes logarithms once, where it would unpack
     and select again for every head.
     """
     scores = jnp.einsum("bhtq,bhsq->bhts", q, k, preferred_element_type=jnp.float32)
     bias = jnp.log(mask.astype(jnp.float32))
-    return scores + bias[:, None]
+    return scores * scale + bias[:, None]
 
 
 def dense_mla(
@@ -31,29 +33,29 @@ def dense_mla(
     scale: float,
 ) -> tuple[Float[Array, "B H T V"], Float[Array, "B H T"]]:
     """See ``api.dense_mla``."""
-    return _attend(q.astype(jnp.float32) * scale, k, v, mask)
+    return _attend(q, k, v, mask, scale)
 
 
-@jax.custom_vjp
-def _attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
-    exponentials, total, lse = sum_exp(masked_scores(q, k, mask))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, Array]:
+    exponentials, total, lse = sum_exp(masked_scores(q, k, mask, scale))
     o = jnp.einsum("bhts,bhsv->bhtv", exponentials.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (o / total[..., None]).astype(v.dtype), lse
 
 
-def _forward(q, k, v, mask):
-    o, lse = _attend(q, k, v, mask)
+def _forward(q, k, v, mask, scale):
+    o, lse = _attend(q, k, v, mask, scale)
     o, lse = checkpoint_name(o, OUTPUT), checkpoint_name(lse, LSE)
     return (o, lse), (q, k, v, mask, o, lse)
 
 
-def _backward(residuals, gradients):
+def _backward(scale, residuals, gradients):
     q, k, v, mask, o, lse = residuals
     d_o, d_lse = gradients
-    p = exp_minus(masked_scores(q, k, mask), lse)
+    p = exp_minus(masked_scores(q, k, mask, scale), lse)
     delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
     d_p = jnp.einsum("bhtv,bhsv->bhts", d_o, v, preferred_element_type=jnp.float32)
-    d_scores = (p * (d_p - delta[..., None])).astype(q.dtype)
+    d_scores = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
     d_q = jnp.einsum("bhts,bhsq->bhtq", d_scores, k, preferred_element_type=jnp.float32)
     # Everything as the products like it, tokens last; XLA on CPUs would undo it, at half the speed.
     q_t, d_o_t = jax.lax.optimization_barrier((q.swapaxes(2, 3), d_o.swapaxes(2, 3)))

@@ -36,7 +36,7 @@ def dense_indexer_loss(
     scale: float,
 ) -> Float[Array, "B T"]:
     """See ``api.dense_indexer_loss``."""
-    attention = masked_scores(q.astype(jnp.float32) * scale, k, mask)
+    attention = masked_scores(q, k, mask, scale)
     p = _mean_over_heads(attention, lse, head_axis=1)
     return _kl_rows(p, scores, mask)
 
@@ -51,7 +51,7 @@ def sparse_indexer_loss(
     scale: float,
 ) -> Float[Array, "B T"]:
     """See ``api.sparse_indexer_loss``."""
-    attention = selected_scores(q.astype(jnp.float32) * scale, gather_rows(kv, indices), indices)
+    attention = selected_scores(q, gather_rows(kv, indices), indices, scale)
     p = _mean_over_heads(attention, lse, head_axis=2)
     selected = jnp.take_along_axis(scores, jnp.maximum(indices, 0), axis=-1)
     return _kl_rows(p, selected, indices >= 0)

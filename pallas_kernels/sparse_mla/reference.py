@@ -18,11 +18,11 @@ def gather_rows(rows: Float[Array, "B S X"], indices: Int[Array, "B T K"]) -> Fl
 
 
 def selected_scores(
-    q: Float[Array, "B T H X"], selected: Float[Array, "B T K X"], indices: Int[Array, "B T K"]
+    q: Float[Array, "B T H X"], selected: Float[Array, "B T K X"], indices: Int[Array, "B T K"], scale: float
 ) -> Float[Array, "B T H K"]:
-    """``q · kv`` in float32 for the gathered rows, -inf where the index is -1. The softmax scale is in ``q``."""
+    """``scale · q · kv`` in float32 for the gathered rows, -inf where the index is -1."""
     scores = jnp.einsum("bthx,btkx->bthk", q, selected, preferred_element_type=jnp.float32)
-    return jnp.where(indices[:, :, None] >= 0, scores, -jnp.inf)
+    return jnp.where(indices[:, :, None] >= 0, scores * scale, -jnp.inf)
 
 
 def sparse_mla(
@@ -34,17 +34,17 @@ def sparse_mla(
     scale: float,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
     """See ``api.sparse_mla``. The gathered rows of all queries exist at once: call it on blocks of queries."""
-    return _attend(q.astype(jnp.float32) * scale, kv, indices, latent_dim)
+    return _attend(q, kv, indices, latent_dim, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(q: Array, kv: Array, indices: Array, latent_dim: int) -> tuple[Array, Array]:
-    return _gather_and_attend(q, kv, indices, latent_dim)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(q: Array, kv: Array, indices: Array, latent_dim: int, scale: float) -> tuple[Array, Array]:
+    return _gather_and_attend(q, kv, indices, latent_dim, scale)
 
 
-def _gather_and_attend(q: Array, kv: Array, indices: Array, latent_dim: int) -> tuple[Array, Array]:
+def _gather_and_attend(q: Array, kv: Array, indices: Array, latent_dim: int, scale: float) -> tuple[Array, Array]:
     selected = gather_rows(kv, indices)
-    exponentials, total, lse = sum_exp(selected_scores(q, selected, indices))
+    exponentials, total, lse = sum_exp(selected_scores(q, selected, indices, scale))
     latents = selected[..., :latent_dim]
     o = jnp.einsum(
         "bthk,btkc->bthc", exponentials.astype(kv.dtype), latents, preferred_element_type=jnp.float32
@@ -52,20 +52,20 @@ def _gather_and_attend(q: Array, kv: Array, indices: Array, latent_dim: int) -> 
     return (o / total[..., None]).astype(kv.dtype), lse
 
 
-def _forward(q, kv, indices, latent_dim):
-    o, lse = _gather_and_attend(q, kv, indices, latent_dim)
+def _forward(q, kv, indices, latent_dim, scale):
+    o, lse = _gather_and_attend(q, kv, indices, latent_dim, scale)
     o, lse = checkpoint_name(o, OUTPUT), checkpoint_name(lse, LSE)
     return (o, lse), (q, kv, indices, o, lse)
 
 
-def _backward(latent_dim, residuals, gradients):
+def _backward(latent_dim, scale, residuals, gradients):
     q, kv, indices, o, lse = residuals
     d_o, d_lse = gradients
     selected = gather_rows(kv, indices)
-    p = exp_minus(selected_scores(q, selected, indices), lse)
+    p = exp_minus(selected_scores(q, selected, indices, scale), lse)
     delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
     d_p = jnp.einsum("bthc,btkc->bthk", d_o, selected[..., :latent_dim], preferred_element_type=jnp.float32)
-    d_scores = (p * (d_p - delta[..., None])).astype(q.dtype)
+    d_scores = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
     d_q = jnp.einsum("bthk,btkx->bthx", d_scores, selected, preferred_element_type=jnp.float32)
     d_rows = jnp.einsum("bthk,bthx->btkx", d_scores, q, preferred_element_type=jnp.float32)
     d_latents = jnp.einsum("bthk,bthc->btkc", p.astype(d_o.dtype), d_o, preferred_element_type=jnp.float32)
