@@ -1,11 +1,9 @@
 """The dataclasses of a run, their presets, and how the command line changes them."""
 
 from dsjax.config import presets as presets
-from dsjax.config.display import describe as describe
 from dsjax.config.errors import ConfigError as ConfigError
 from dsjax.config.model import ModelConfig as ModelConfig
 from dsjax.config.model import RopeScaling as RopeScaling
-from dsjax.config.record import from_dict as from_dict
 from dsjax.config.record import to_dict as to_dict
 from dsjax.config.run import CheckpointConfig as CheckpointConfig
 from dsjax.config.run import DataConfig as DataConfig

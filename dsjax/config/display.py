@@ -1,29 +1,10 @@
-"""A configuration as text for people: what a run uses, and what the command line accepts."""
+"""A configuration as text for people: what the command line accepts."""
 
 import shutil
 import textwrap
 
 from dsjax.config.fields import Field, spell, type_name, walk
 from dsjax.config.run import RunConfig
-
-
-def describe(config: RunConfig, base: RunConfig | None = None) -> str:
-    """All fields, indented by room; those that differ from ``base`` carry a ``*`` and base's value.
-
-    ``base`` is what the config file gave before the command line changed it; without one, the defaults
-    of the dataclasses.
-    """
-    base_values = {field.path: field.value for field in walk(base or RunConfig())}
-    lines, room = [], ""
-    for field in walk(config):
-        lines += _headings(room, field)
-        room, _, name = field.path.rpartition(".")
-        was = base_values[field.path]
-        changed = field.value != was
-        indent = "  " * field.path.count(".")
-        note = f"  (was {_visible(was)})" if changed else ""
-        lines.append(f"{'*' if changed else ' '} {indent}{name} = {_visible(field.value)}{note}")
-    return "\n".join(lines)
 
 
 def field_table(config: RunConfig) -> str:
@@ -40,13 +21,6 @@ def field_table(config: RunConfig) -> str:
             lines.append(f"{flag:<57}  {type_name(field.annotation)}")
             lines += textwrap.wrap(field.comment, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
-
-
-def _headings(room: str, field: Field) -> list[str]:
-    """The names of the rooms that this field opens, coming from the room before it."""
-    before, parts = room.split("."), field.path.split(".")[:-1]
-    opened = [depth for depth in range(len(parts)) if parts[: depth + 1] != before[: depth + 1]]
-    return [f"  {'  ' * depth}{parts[depth]}" for depth in opened]
 
 
 def _visible(value: object) -> str:

@@ -39,7 +39,6 @@ class Command(NamedTuple):
 
     config: RunConfig  # with the overrides, checked and frozen
     workdir: Path
-    file_config: RunConfig  # as the config file gave it, for describe(config, file_config)
 
 
 def main(run: Callable[[Command], None], *, about: str | None = None) -> None:
@@ -68,12 +67,11 @@ def parse(argv: Sequence[str], *, about: str | None = None) -> Command:
         raise SystemExit(0)
     if not own["config"].value:
         raise ConfigError(f"--config=FILE is missing: {choices()}")
-    file_config = load_file(own["config"].value)
-    config, rest = overrides.apply(file_config, rest)
+    config, rest = overrides.apply(load_file(own["config"].value), rest)
     _refuse_unknown(argv[0], rest, own)
     workdir = _workdir(own["workdir"].value)
     config.check()
-    return Command(config.freeze(), workdir, file_config.freeze())
+    return Command(config.freeze(), workdir)
 
 
 def _own_flags(arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:

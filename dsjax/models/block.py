@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -60,7 +61,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Latents]:
         """New tokens against a cache: output and the cache with them in it."""
         u, cache = self.self_attn.decode(self.input_layernorm(x), rope, number, cache)
-        x, _ = self._feed_forward(x + u, number >= 0, stacked)
+        x, _ = self._feed_forward(x + u, jnp.ones(number.shape, bool), stacked)
         return x, cache
 
     def _feed_forward(self, x, real, stacked: StackedExperts | None):

@@ -56,15 +56,10 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraAr
     """As in optax, of a norm already known, by a product: XLA would store quotients, a copy of all gradients."""
 
     def update(
-        gradients: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        *,
-        grad_norm: Float[Array, ""],
-        **_: Any,
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        factor = max_norm / jnp.maximum(grad_norm, max_norm)
-        return jax.tree.map(lambda gradient: gradient * factor, gradients), state
+        factor = max_norm / jnp.maximum(extra["grad_norm"], max_norm)
+        return jax.tree.map(lambda gradient: gradient * factor, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -84,10 +79,10 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformation:
         return cast(tree, jnp.dtype("float32"))
 
     def update(
-        gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         assert isinstance(state, optax.ScaleByAdamState)
-        gradients, mu, nu = (in_float32(tree) for tree in (gradients, state.mu, state.nu))
+        gradients, mu, nu = (in_float32(tree) for tree in (updates, state.mu, state.nu))
         mu = optax.tree.update_moment(gradients, mu, config.beta1, 1)
         nu = optax.tree.update_moment_per_elem_norm(gradients, nu, config.beta2, 2)
         mu, nu = jax.lax.optimization_barrier((cast(mu, dtype), cast(nu, dtype)))

@@ -38,13 +38,17 @@ def dense_mla(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, Array]:
+    return _softmax_attention(q, k, v, mask, scale)
+
+
+def _softmax_attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, Array]:
     exponentials, total, lse = sum_exp(masked_scores(q, k, mask, scale))
     o = jnp.einsum("bhts,bhsv->bhtv", exponentials.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (o / total[..., None]).astype(v.dtype), lse
 
 
 def _forward(q, k, v, mask, scale):
-    o, lse = _attend(q, k, v, mask, scale)
+    o, lse = _softmax_attention(q, k, v, mask, scale)
     o, lse = checkpoint_name(o, OUTPUT), checkpoint_name(lse, LSE)
     return (o, lse), (q, k, v, mask, o, lse)
 

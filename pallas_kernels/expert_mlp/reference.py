@@ -1,9 +1,9 @@
 """The contract of the chosen experts, as a loop over experts and blocks of their tokens.
 
 A block's tokens are gathered, taken through all three products while its activations are in the cache, and added
-to the output where they came from. Nothing as large as all pairs is ever stored, and the backward pass computes
-the activations again rather than read them back. The last block of an expert reaches over its end: what is not its
-own gets the weight 0 and goes to rows past the end of the output.
+to the output where they came from. Of all pairs only the products before SwiGLU are stored, for the backward pass.
+The last block of an expert reaches over its end: what is not its own gets the weight 0 and goes to rows past the
+end of the output.
 """
 
 from collections.abc import Callable

@@ -42,7 +42,9 @@ def _attend(q: Array, kv: Array, indices: Array, latent_dim: int, scale: float) 
     return _gather_and_attend(q, kv, indices, latent_dim, scale)
 
 
-def _gather_and_attend(q: Array, kv: Array, indices: Array, latent_dim: int, scale: float) -> tuple[Array, Array]:
+def _gather_and_attend(
+    q: Array, kv: Array, indices: Array, latent_dim: int, scale: float
+) -> tuple[Array, Array]:
     selected = gather_rows(kv, indices)
     exponentials, total, lse = sum_exp(selected_scores(q, selected, indices, scale))
     latents = selected[..., :latent_dim]

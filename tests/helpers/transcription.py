@@ -1,4 +1,4 @@
-"""Attention and indexer of one sequence as SPEC §1.3-1.5 writes them down, in float64 numpy."""
+"""Attention and indexer of one sequence in float64 numpy, from the formulas of the V3 and V3.2-Exp reports."""
 
 import math
 

@@ -6,7 +6,6 @@ import pytest
 
 from pallas_kernels.dense_mla.api import dense_mla
 from pallas_kernels.expert_mlp.api import expert_mlp
-from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.indexer.api import index_scores
 from pallas_kernels.indexer_loss.api import dense_indexer_loss, sparse_indexer_loss
 from pallas_kernels.platform import choose
@@ -22,7 +21,6 @@ CALLS = {
         (Z((2, 4)), Z((2, 1), jnp.int32), Z((2, 1)), Z((1, 4, 8)), Z((1, 4, 8)), Z((1, 8, 4))),
         {},
     ),
-    "grouped_matmul": (grouped_matmul, (Z((2, 4)), Z((1, 4, 4)), Z(1, jnp.int32)), {}),
     "index_scores": (index_scores, (Z((1, 2, 1, 4)), Z((1, 2, 4)), Z((1, 2, 1))), {}),
     "dense_indexer_loss": (
         dense_indexer_loss,

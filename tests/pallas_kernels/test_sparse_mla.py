@@ -57,7 +57,7 @@ def test_float32(size):
 
 
 def test_bfloat16_output():
-    """The tolerance of KERNELS §6, against the formula on the same rounded inputs."""
+    """What every backend promises in bfloat16, against the formula on the same rounded inputs."""
     arrays, indices = inputs(jnp.bfloat16), random_indices()
     o, lse = attend(*arrays, indices, latent_dim=C, scale=SCALE)
     expected, _ = by_formula(*float64(arrays), indices)
@@ -66,7 +66,7 @@ def test_bfloat16_output():
 
 
 def test_bfloat16_log_sum_exp():
-    """Also of KERNELS §6: products of bfloat16 numbers are exact in float32, and nothing else is rounded to less.
+    """And of the log-sum-exp: products of bfloat16 numbers are exact in float32, and nothing else is rounded to less.
 
     The softmax scale is not a power of two, in tests as in models: a query multiplied by it must not be rounded.
     """

@@ -1,4 +1,4 @@
-"""The lightning indexer against SPEC §1.5, written out in float64."""
+"""The lightning indexer against the V3.2-Exp report §2.1, written out in float64."""
 
 import jax
 import jax.numpy as jnp

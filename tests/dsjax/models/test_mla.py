@@ -1,4 +1,4 @@
-"""Multi-head latent attention and the indexer's loss against SPEC §1.3 and §3, written out in float64."""
+"""Multi-head latent attention and the indexer's loss against the reports' formulas, written out in float64."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Routing, expert sums and balancing against SPEC §1.6, written as loops."""
+"""Routing, expert sums and balancing against the V3 report §2.1.2, written as loops."""
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +220,7 @@ def test_gradient_reaches_the_router_through_the_weights_and_never_its_bias():
 
 
 def balance_by_hand(routing: Routing) -> float:
-    """``Σ_i f_i P_i`` of one sequence, SPEC §1.6; routing [T, ·]."""
+    """``Σ_i f_i P_i`` of one sequence, V3 report eq. 17-20; routing [T, ·]."""
     scores, chosen = np.asarray(routing.scores, np.float64), np.asarray(routing.experts)
     total = 0.0
     for i in range(EXPERTS):

@@ -1,4 +1,4 @@
-"""Multi-token prediction against SPEC §1.7, composed by hand."""
+"""Multi-token prediction against the V3 report §2.2, composed by hand."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Parameters of the released models, counted on shapes alone, against SPEC §1.1 and §2.
+"""Parameters of the released models, counted on shapes alone, against the checkpoints.
 
 The main model's count includes the router biases (256 for each of 58 layers) and leaves the MTP module out; the
 MTP module's own count leaves out the embedding and head it shares.

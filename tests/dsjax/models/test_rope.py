@@ -1,4 +1,4 @@
-"""Rotary embedding against SPEC §1.4 in float64."""
+"""Rotary embedding against its formula in float64."""
 
 import math
 
