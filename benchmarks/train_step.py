@@ -14,24 +14,13 @@ import numpy as np
 import torch
 from alternate import alternate, ratio
 from peer import build_peer
+from small_run import batch_of
 
 from dsjax.config import RunConfig, TrainConfig, presets
 from dsjax.observe.model_flops import train_flops_per_token
 from dsjax.observe.throughput import peak_flops
 from dsjax.train.state import initial_state
 from dsjax.train.step import build_train_step
-
-
-def batch_of(tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """One document a sequence."""
-    shape = (tokens.shape[0], tokens.shape[1] - 1)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-        "loss_mask": np.ones(shape, np.float32),
-    }
 
 
 def main() -> None:

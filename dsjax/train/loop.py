@@ -14,7 +14,7 @@ from dsjax.checkpoint.store import CheckpointStore
 from dsjax.config import RunConfig
 from dsjax.config.load import Command
 from dsjax.data import Batch, PreparedData, heldout_batches, prepare, train_batches
-from dsjax.evals.heldout import HeldoutLoss, heldout_loss
+from dsjax.evals.heldout import heldout_loss
 from dsjax.inference.text import complete
 from dsjax.models.batch import DeviceBatch
 from dsjax.observe.metrics import MetricsWriter
@@ -96,7 +96,7 @@ class Run:
             peak_flops=peak,
         )
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
-        self.last_heldout: HeldoutLoss | None = None
+        self.bad_in_a_row = 0
 
     def go(self) -> None:
         """Restores or initialises, trains, and leaves checkpoint, plot and sample behind."""
@@ -116,13 +116,7 @@ class Run:
             # ------------------------------------------------------------ the untrained model
             if first == 0:
                 self._evaluate(0, state)
-            with self.progress.doing("compiling"):
-                train_step, seconds = self.compiled.result()
-            ready = {"timing/compile_seconds": seconds, "timing/first_step_after_seconds": self._elapsed()}
-            self.writer.write_timing(first, ready)
-            self.progress.say(
-                f"train step compiled in {seconds:.1f} s; first step {self._elapsed():.1f} s after the start"
-            )
+            train_step = self._compiled_step(first)
             self.throughput.window(1)
             self.last_reported = first
             # ------------------------------------------------------------ the steps
@@ -151,6 +145,16 @@ class Run:
         print(f"resumed from the checkpoint of step {latest}")
         return latest, state
 
+    def _compiled_step(self, first: int) -> Any:
+        with self.progress.doing("compiling"):
+            train_step, seconds = self.compiled.result()
+        ready = {"timing/compile_seconds": seconds, "timing/first_step_after_seconds": self._elapsed()}
+        self.writer.write_timing(first, ready)
+        self.progress.say(
+            f"train step compiled in {seconds:.1f} s; first step {self._elapsed():.1f} s after the start"
+        )
+        return train_step
+
     def _elapsed(self) -> float:
         return time.perf_counter() - self.start
 
@@ -172,8 +176,6 @@ class Run:
         self.bad_in_a_row = int(metrics["train/skipped_in_a_row"])
         if self.bad_in_a_row:
             self._note_bad_step(step, metrics)
-
-    bad_in_a_row = 0
 
     def _note_bad_step(self, step: int, metrics: dict[str, float]) -> None:
         names = ("train/loss", "train/mtp_loss", "train/balance_loss", "indexer/kl", "train/grad_norm")
@@ -215,7 +217,6 @@ class Run:
             f"step {step}: held-out loss {loss.nats_per_token:.3f} nats a token, "
             f"{loss.bits_per_byte:.3f} bits per byte{untrained}"
         )
-        self.last_heldout = loss
 
     def _token_bytes(self) -> np.ndarray:
         return self.prepared.tokenizer.token_bytes
