@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -24,7 +23,3 @@ class Visibility(NamedTuple):
         causal = key_index <= self.query_index[..., None]
         same_segment = self.query_segment[..., None] == self.key_segment[:, None, :]
         return causal & same_segment & (self.query_segment[..., None] != 0)
-
-    def keys_up_to(self, length: int) -> "Visibility":
-        """The same limits over the first ``length`` keys."""
-        return self._replace(key_segment=jax.lax.slice_in_dim(self.key_segment, 0, length, axis=1))

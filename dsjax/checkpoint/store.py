@@ -1,6 +1,8 @@
 """Saved states of a run, through orbax, asynchronously and whole or not at all."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,11 +59,14 @@ class CheckpointStore:
     Saving returns at once and finishes in the background; a checkpoint that a kill interrupts is not there.
     """
 
-    def __init__(self, workdir: Path, *, keep: int):
+    def __init__(self, workdir: Path, *, keep: int | None):
+        """``keep`` newest ones are kept; None is for reading alone, beside a run that may be saving."""
         self.folder = workdir / "checkpoints"
         keep_latest: Any = ocp.training.preservation_policies.LatestN(keep)
         self._orbax = ocp.training.Checkpointer(
-            str(self.folder.absolute()), preservation_policy=keep_latest, cleanup_tmp_directories=True
+            str(self.folder.absolute()),
+            preservation_policy=keep_latest,
+            cleanup_tmp_directories=keep is not None,
         )
 
     @property
@@ -81,21 +86,37 @@ class CheckpointStore:
     def restore(self, step: int, target: Tree, data: grain.DatasetIterator) -> Tree:
         """The state of ``step``, shaped, typed and placed like the abstract ``target``; moves ``data`` to its place.
 
-        Raises ConfigError, naming the first array, where the checkpoint holds another model.
+        Raises ConfigError, naming the first array, where the checkpoint holds another model, and where it is damaged.
         """
         wanted = _placed(named_leaves(target))
-        self._check_same_arrays(step, wanted)
-        loaded = self._orbax.load_checkpointables(step, {"state": wanted, "data": data})
+        with self._readable(step):
+            self._check_same_arrays(step, wanted)
+            loaded = self._orbax.load_checkpointables(step, {"state": wanted, "data": data})
         return from_named_leaves(target, loaded["state"])
 
     def restore_part(self, step: int, target: Tree, *, prefix: str) -> Tree:
-        """The subtree ``prefix`` of a saved state alone, such as the model without its optimizer."""
+        """The subtree ``prefix`` of a saved state alone, such as the model without its optimizer; raises as above."""
         wanted = {f"{prefix}.{name}": leaf for name, leaf in _placed(named_leaves(target)).items()}
-        saved = self._saved_arrays(step)
-        self._check_same_arrays(step, wanted, only_these=True)
-        everything = {name: wanted.get(name, ocp.PLACEHOLDER) for name in saved}
-        loaded = self._orbax.load_checkpointables(step, {"state": everything})["state"]
+        with self._readable(step):
+            self._check_same_arrays(step, wanted, only_these=True)
+            everything = {name: wanted.get(name, ocp.PLACEHOLDER) for name in self._saved_arrays(step)}
+            loaded = self._orbax.load_checkpointables(step, {"state": everything})["state"]
         return from_named_leaves(target, {name.removeprefix(f"{prefix}."): loaded[name] for name in wanted})
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Turns what orbax raises for missing or cut files, which is of many kinds, into one sentence."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:
+            older = [int(path.name) for path in self.folder.glob("*") if path.name.isdigit()]
+            older = [other for other in older if other < step]
+            after = f"and the run goes on from step {max(older)}" if older else "and the run starts again"
+            raise ConfigError(
+                f"checkpoint {self.folder / str(step)} is damaged ({type(error).__name__}): move it away, {after}"
+            ) from error
 
     def _saved_arrays(self, step: int) -> dict[str, Any]:
         logger = logging.getLogger("absl")

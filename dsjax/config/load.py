@@ -23,8 +23,8 @@ _USAGE = """
 python {program} --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]
 
   --config      a Python file with get_config() -> RunConfig{files}
-  --workdir     the folder that checkpoints, metrics and samples go to, made if need be; a run found in it
-                goes on
+  --workdir     the folder of the run, with its checkpoints, metrics and samples: train.py makes it, or goes
+                on with the run in it; eval.py reads it
   --config.*    one field changed, for example
                     --config.train.steps=10  --config.optimizer.lr=3e-4
                     --config.log.tensorboard=false  or  --noconfig.log.tensorboard

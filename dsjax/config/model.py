@@ -32,6 +32,11 @@ class RopeScaling(Freezable):
         for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.rope_scaling.{name}={getattr(self, name)} must be positive")
+        if self.beta_fast <= self.beta_slow:
+            raise ConfigError(
+                f"model.rope_scaling.beta_fast={self.beta_fast} must be more than beta_slow={self.beta_slow}, "
+                "as the rotations of the fast end are"
+            )
         if self.mscale != self.mscale_all_dim:
             raise ConfigError(
                 f"model.rope_scaling.mscale={self.mscale} and mscale_all_dim={self.mscale_all_dim} differ: "
@@ -183,6 +188,8 @@ class ModelConfig(Freezable):
                 f"model.first_k_dense_replace={self.first_k_dense_replace} leaves no mixture-of-experts layer: "
                 f"use at most {self.num_hidden_layers - 1}"
             )
+        if self.rope_theta <= 1:
+            raise ConfigError(f"model.rope_theta={self.rope_theta} must be more than 1: the models use 10000")
         if self.qk_rope_head_dim % 2:
             raise ConfigError(
                 f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotary embedding turns pairs"

@@ -222,8 +222,8 @@ class RunConfig(Freezable):
         check_types(self)
         for room in (self.model, self.data, self.optimizer, self.train, self.eval, self.checkpoint, self.log):
             room.check()
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed} must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} must be at least 0 and less than 2**32")
         length, longest = self.train.sequence_length, self.model.max_position_embeddings
         if length > longest:
             raise ConfigError(

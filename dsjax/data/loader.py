@@ -75,7 +75,9 @@ def train_batches(
         )
     # Grain adds the epoch to the seed: without this, seed 1 would begin with the second epoch of seed 0.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    dataset = grain.MapDataset.source(windows).shuffle(shuffle_seed).repeat().batch(batch_size)
+    # Endless, but for the length that grain computes: repeat() without a number overflows with batches of 1.
+    epochs = (1 << 62) // len(windows)
+    dataset = grain.MapDataset.source(windows).shuffle(shuffle_seed).repeat(epochs).batch(batch_size)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 

@@ -121,10 +121,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["made_by"] != _MADE_BY:
             raise ValueError(f"it was made by {manifest['made_by']}")
+        if missing := {"config", "tokens", "bytes", "fingerprint"} - manifest.keys():
+            raise ValueError(f"its manifest lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder} is where prepared data are kept and holds something else ({error!r}): "
-            "use another workdir"
+            "use another workdir, or delete the folder if nothing else is in it"
         ) from error
     return manifest
 
@@ -143,8 +145,8 @@ def _check_same(prepared: dict[str, Any], wanted: dict[str, Any], folder: Path) 
     for name, value in wanted.items():
         if prepared[name] != value:
             raise ConfigError(
-                f"{name}={value!r}, and {folder} was prepared with {prepared[name]!r}: "
-                "use another workdir, or the value it was prepared with"
+                f"{name}={value!r}, and {folder} was prepared with {prepared[name]!r}: use that value, another "
+                "workdir, or delete the folder if no run of it is to go on"
             )
 
 

@@ -7,13 +7,13 @@ import jax
 from flax import nnx
 
 from dsjax.checkpoint.store import CheckpointStore
+from dsjax.checkpoint.workdir import changes_since
 from dsjax.config import ConfigError, RunConfig
 from dsjax.config.load import Command
 from dsjax.data import heldout_batches, prepare
 from dsjax.evals.heldout import heldout_loss
 from dsjax.inference.text import complete
 from dsjax.models.transformer import Transformer
-from dsjax.train.workdir import changes_since
 
 
 def run(command: Command) -> None:
@@ -55,7 +55,7 @@ def load_model(config: RunConfig, workdir: Path) -> tuple[Transformer, int]:
     """
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError(f"--workdir={workdir} holds no checkpoints: name the folder that train.py wrote to")
-    store = CheckpointStore(workdir, keep=config.checkpoint.keep)
+    store = CheckpointStore(workdir, keep=None)
     step = store.latest_step
     if step is None:
         raise ConfigError(f"--workdir={workdir} holds no finished checkpoint: train for a while first")

@@ -88,7 +88,6 @@ def _measured_peak(device: Any) -> float:
 class Window(NamedTuple):
     """How fast it went since the window before."""
 
-    seconds: float
     tokens_per_second: float
     mfu: float
 
@@ -114,9 +113,7 @@ class Throughput:
         now = self._clock()
         seconds, self._start = now - self._start, now
         tokens_per_second = tokens / seconds
-        return Window(
-            seconds, tokens_per_second, tokens_per_second * self._flops_per_token / self._peak_flops
-        )
+        return Window(tokens_per_second, tokens_per_second * self._flops_per_token / self._peak_flops)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import grain
 import jax
 import numpy as np
 
+from dsjax.checkpoint import workdir as workdirs
 from dsjax.checkpoint.store import CheckpointStore
 from dsjax.config import RunConfig
 from dsjax.config.load import Command
@@ -22,7 +23,6 @@ from dsjax.observe.model_flops import train_flops_per_token
 from dsjax.observe.plots import loss_plot
 from dsjax.observe.progress import Progress
 from dsjax.observe.throughput import Throughput, peak_flops
-from dsjax.train import workdir as workdirs
 from dsjax.train.state import TrainState, abstract_state, initial_state
 from dsjax.train.step import build_train_step
 from dsjax.train.stop import Diverged, StopSignal
@@ -32,7 +32,7 @@ def run(command: Command) -> None:
     """Trains as the command line says, from where the workdir stands; exits 1 where the run diverged."""
     config, workdir = command.config, command.workdir
     start = time.perf_counter()
-    with StopSignal() as stop:
+    with StopSignal() as stop, workdirs.held(workdir):
         for change in workdirs.claim(config, workdir):
             print(f"changed since the run began: {change}")
         use_compilation_cache(config.log.compilation_cache)
@@ -40,6 +40,7 @@ def run(command: Command) -> None:
             # ---------------------------------------------------- compile while the text is prepared
             compiled = background.submit(_compile_train_step, config)
             prepared = prepare(config.data, vocab_size=config.model.vocab_size, workdir=workdir)
+            workdirs.remember_text(prepared.manifest["fingerprint"], workdir)
             try:
                 Run(config, workdir, prepared, compiled, stop, start).go()
             except Diverged as diagnosis:
@@ -119,6 +120,8 @@ class Run:
             train_step = self._compiled_step(first)
             self.throughput.window(1)
             self.last_reported = first
+            if first >= steps:
+                self.progress.say(f"already at step {first} of train.steps={steps}: raise it to go on")
             # ------------------------------------------------------------ the steps
             step = first
             while step < steps and self.stop.received is None:
@@ -127,7 +130,6 @@ class Run:
                 self._report()
                 self.pending = (step, metrics)
                 self._at_intervals(step, state)
-            self.stop.announce(self.progress)
             # ------------------------------------------------------------ the end
             self._report()
             self._save(step, state)

@@ -1,9 +1,8 @@
 """The ways in which a run ends before its last step."""
 
+import os
 import signal
 from types import FrameType
-
-from dsjax.observe.progress import Progress
 
 
 class Diverged(Exception):  # noqa: N818 (a state of the run, not a mistake in a call)
@@ -11,7 +10,7 @@ class Diverged(Exception):  # noqa: N818 (a state of the run, not a mistake in a
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, for the loop to finish its step and save; a second one ends at once.
+    """Notes SIGTERM and SIGINT, for the loop to finish its step and save; a second one ends the process at once.
 
     Used as a context manager around the run; the former handlers come back at its end.
     """
@@ -31,10 +30,13 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            _say("stopped at once; the last finished checkpoint stands")
+            os._exit(128 + number)  # threads that compile or save would keep an ordinary exit waiting
         self.received = signal.Signals(number)
+        _say(f"{self.received.name}: stopping after this step; once more stops at once, without saving")
 
-    def announce(self, progress: Progress) -> None:
-        """Says what is about to happen."""
-        if self.received is not None:
-            progress.say(f"{self.received.name}: saving and stopping; once more stops without saving")
+
+def _say(text: str) -> None:
+    """Writes past Python's buffers, which a signal may have found half written; shows the cursor again."""
+    cursor = "\x1b[?25h" if os.isatty(2) else ""
+    os.write(2, f"{cursor}\n{text}\n".encode())

@@ -152,6 +152,20 @@ def test_a_signal_saves_and_ends_well(command, undisturbed, tmp_path, number):
     assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
 
 
+def test_a_second_process_is_refused_and_a_second_signal_ends_the_first_at_once(command, tmp_path):
+    process = start(command(tmp_path, train__steps=100_000))
+    wait_for_step(tmp_path, 23, process)
+    assert "is in use by another train.py" in finish(command(tmp_path, train__steps=100_000), status=2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "stopped at once" in output
+    assert "Traceback" not in output
+    assert saved_steps(tmp_path)
+
+
 def test_a_run_that_diverges_stops_with_a_diagnosis_and_keeps_its_last_good_checkpoint(command, tmp_path):
     output = finish(
         command(tmp_path, optimizer__last_start_step=24, optimizer__lr_last=1e38, train__max_bad_steps=4),

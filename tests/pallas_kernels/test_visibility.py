@@ -24,8 +24,7 @@ def test_a_sequence_and_itself():
     check(index, SEGMENTS, Visibility(index, SEGMENTS, SEGMENTS), 8)
 
 
-def test_a_block_of_queries_and_the_first_keys():
+def test_a_block_of_queries():
     """Queries that stand anywhere, one of them padding and one in a segment that has no keys."""
     index, segment = np.array([[2, 4, 5], [3, 1, 7]], np.int32), np.array([[2, 2, 9], [5, 5, 0]], np.int32)
     check(index, segment, Visibility(index, segment, SEGMENTS), 8)
-    check(index, segment, Visibility(index, segment, SEGMENTS).keys_up_to(5), 5)

@@ -1,5 +1,6 @@
 """States come back as they were saved, with the place in the data, and never as another model's."""
 
+import shutil
 from typing import NamedTuple
 
 import grain
@@ -95,3 +96,39 @@ def test_another_model_is_refused_by_the_name_of_the_array(tmp_path):
     with pytest.raises(ConfigError, match=r"has the extra array model\.b"):
         store.restore(3, abstract(fewer), batches())
     store.close()
+
+
+def test_reading_leaves_a_save_under_way_alone(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(3, state(2.0), batches())
+    store.close()
+    under_way = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+    under_way.mkdir()
+    reader = CheckpointStore(tmp_path, keep=None)
+    assert reader.latest_step == 3
+    reader.restore_part(3, abstract(state(0.0).model), prefix="model")
+    reader.close()
+    assert under_way.is_dir()
+    writer = CheckpointStore(tmp_path, keep=2)
+    writer.save(5, state(1.0), batches())
+    writer.close()
+    assert not under_way.exists(), "the next training run clears what a kill left"
+
+
+@pytest.mark.parametrize("damage", ["state gone", "empty", "cut short"])
+def test_a_damaged_checkpoint_is_named_with_the_one_before_it(tmp_path, damage):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (3, 4):
+        store.save(step, state(2.0), batches())
+    store.close()
+    folder = tmp_path / "checkpoints" / "4"
+    if damage == "cut short":
+        for path in (path for path in (folder / "state").rglob("*") if path.is_file()):
+            path.write_bytes(path.read_bytes()[:20])
+    else:
+        shutil.rmtree(folder / "state" if damage == "state gone" else folder)
+        folder.mkdir(exist_ok=True)
+    again = CheckpointStore(tmp_path, keep=2)
+    with pytest.raises(ConfigError, match=r"checkpoints/4 is damaged .*the run goes on from step 3"):
+        again.restore(4, abstract(state(0.0)), batches())
+    again.close()

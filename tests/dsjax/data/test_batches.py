@@ -94,6 +94,12 @@ def first_tokens(iterator: grain.DatasetIterator[Batch], count: int) -> list[int
     return [int(row) for batch in itertools.islice(iterator, count) for row in batch["tokens"][:, 0]]
 
 
+def test_batches_of_one_sequence_are_every_window_once_an_epoch(prepared):
+    count = (len(prepared.train.tokens) - 1) // 8
+    seen = first_tokens(training(prepared, batch_size=1), count)
+    assert sorted(seen) == sorted(first_tokens(training(prepared, batch_size=count), 1))
+
+
 @pytest.mark.parametrize("isolate", [False, True])
 def test_batches_are_stacked_windows(prepared, isolate):
     windows = Windows(prepared.train, 8, isolate)

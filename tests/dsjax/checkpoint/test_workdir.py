@@ -6,8 +6,8 @@ import json
 import pytest
 from small_run import small_run
 
+from dsjax.checkpoint.workdir import claim, held, remember_text
 from dsjax.config import ConfigError
-from dsjax.train.workdir import claim
 
 
 def changed(config, **rooms):
@@ -29,8 +29,34 @@ def test_before_the_first_checkpoint_a_mistyped_field_can_be_corrected(tmp_path)
 
 
 def test_the_same_run_goes_on(tmp_path):
-    assert claim(small_run(), tmp_path / "new") == []
-    assert claim(small_run(), tmp_path / "new") == []
+    begun(tmp_path)
+    assert claim(small_run(), tmp_path) == []
+
+
+def test_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "new"
+    with held(folder), pytest.raises(ConfigError, match="in use by another"), held(folder):
+        pass
+    with held(folder):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match=r"file/run cannot be made or written"),
+        held(tmp_path / "file" / "run"),
+    ):
+        pass
+
+
+def test_a_run_keeps_its_text(tmp_path):
+    remember_text("a", tmp_path)
+    remember_text("b", tmp_path)
+    begun(tmp_path)
+    remember_text("b", tmp_path)
+    with pytest.raises(ConfigError, match="other text than the run began with"):
+        remember_text("c", tmp_path)
 
 
 def test_what_may_change_is_listed_and_kept(tmp_path):
@@ -38,6 +64,17 @@ def test_what_may_change_is_listed_and_kept(tmp_path):
     longer = changed(small_run(), train={"steps": 2000}, model={"remat": "full"})
     assert sorted(claim(longer, tmp_path)) == ["model.remat: none -> full", "train.steps: 1000 -> 2000"]
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 2000
+
+
+def test_what_to_write_instead_can_be_pasted(tmp_path):
+    begun(tmp_path)
+    wanted = r"use --config\.optimizer\.moment_dtype=float32,"
+    with pytest.raises(ConfigError, match=wanted):
+        claim(changed(small_run(), optimizer={"moment_dtype": "bfloat16"}), tmp_path)
+    (tmp_path / "config.json").unlink()
+    claim(changed(small_run(), data={"paths": ("a b.txt", "c")}), tmp_path)
+    with pytest.raises(ConfigError, match=r"use --config\.data\.paths=a b\.txt,c,"):
+        claim(small_run(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +95,9 @@ def test_another_model_or_other_data_is_refused_and_nothing_overwritten(tmp_path
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_a_damaged_config_file_is_named(tmp_path):
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_config_file_is_named(tmp_path, text):
     begun(tmp_path)
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json is not readable JSON"):
         claim(small_run(), tmp_path)
