@@ -17,6 +17,7 @@ _FIXED = ("model.", "data.", "seed", "train.batch_size", "train.sequence_length"
 _FREE = (
     "model.compute_dtype",
     "model.remat",
+    "model.scan_layers",
     "model.attention_block_size",
     "model.dense_attention_max_length",
 )

@@ -138,6 +138,8 @@ class ModelConfig(Freezable):
     # What the backward pass recomputes beside attention, which it always does: nothing; each layer but its
     # attention output; each layer whole.
     remat: Literal["none", "layer", "full"] = "layer"
+    # One compiled layer in a loop, or each layer compiled for itself: faster steps, longer compilation.
+    scan_layers: bool = True
 
     @property
     def qk_head_dim(self) -> int:

@@ -62,6 +62,7 @@ def v32_small() -> ModelConfig:
         compute_dtype="float32",
         dense_attention_max_length=2048,
         remat="none",
+        scan_layers=False,
     )
 
 

@@ -104,7 +104,8 @@ class Transformer(nnx.Module):
             results = (None, None)
             if layers is not None:
                 step = rematerialise(functools.partial(run, layers=layers), self.config.remat)
-                x, results = jax.lax.scan(step, x, (jnp.arange(number_of(layers)), layers))
+                steps = (jnp.arange(number_of(layers)), layers)
+                x, results = jax.lax.scan(step, x, steps, unroll=not self.config.scan_layers)
             stats.append(results[0])
             latents.append(results[1])
         return Output(x, Stacks(*stats), Stacks(*latents))
