@@ -1,0 +1,169 @@
+"""Which tensors a directory of safetensors files holds, and where their bytes lie, from the headers alone.
+
+A file is the length of its header (8 bytes, little-endian), the header in JSON, and the data. No number of a header is
+used before it is checked, so a damaged or hostile file costs no more than reading its header.
+
+Source: the safetensors format; ``model.safetensors.index.json`` of the released checkpoints.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
+_ITEM_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+}
+_ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written: one sentence with the file, the tensor and the way out."""
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: str  # as safetensors spells it: "F8_E4M3", "BF16", "F32"
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+    size: int  # bytes
+
+
+def read_directory(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint by its name, from the index and all headers.
+
+    Raises CheckpointError where a file is missing, damaged, outside the directory or at odds with the index.
+    """
+    if not (directory / INDEX).exists():
+        return read_header(_inside(directory, SINGLE))
+    tensors: dict[str, StoredTensor] = {}
+    files: dict[str, set[str]] = {}
+    for name, file in _weight_map(directory / INDEX).items():
+        files.setdefault(file, set()).add(name)
+    for file, promised in sorted(files.items()):
+        found = read_header(_inside(directory, file))
+        for name in sorted(promised ^ found.keys()):
+            lacks, has = (file, INDEX) if name in promised else (INDEX, file)
+            raise CheckpointError(
+                f"{directory}: tensor {name} is in {has} but not in {lacks}: download both again"
+            )
+        tensors |= found
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file by their names. Raises CheckpointError where the file is not sound."""
+    try:
+        with path.open("rb") as file:
+            file_bytes = file.seek(0, 2)
+            file.seek(0)
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or header_bytes > file_bytes - 8:
+                raise _damaged(path, f"its header would end past the end of the file ({file_bytes:,} bytes)")
+            if header_bytes > _MAX_HEADER_BYTES:
+                raise _damaged(
+                    path, f"its header has {header_bytes:,} bytes, more than {_MAX_HEADER_BYTES:,}"
+                )
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    header = _json_object(path, text)
+    header.pop("__metadata__", None)
+    begin, data_bytes = 8 + header_bytes, file_bytes - 8 - header_bytes
+    tensors = {name: _tensor(path, name, entry, begin, data_bytes) for name, entry in header.items()}
+    _check_gapless(path, tensors, begin, file_bytes)
+    return tensors
+
+
+def _tensor(path: Path, name: str, entry: Any, begin: int, data_bytes: int) -> StoredTensor:
+    def natural(value: Any) -> bool:
+        return type(value) is int and value >= 0
+
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise _damaged(path, f"tensor {name} has no dtype that safetensors knows")
+    if not isinstance(shape, list) or not all(map(natural, shape)):
+        raise _damaged(path, f"tensor {name} has no shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(natural, offsets)):
+        raise _damaged(path, f"tensor {name} has no data_offsets")
+    start, stop = offsets
+    if not start <= stop <= data_bytes:
+        raise _damaged(path, f"tensor {name} ends at byte {stop:,} of {data_bytes:,} bytes of data")
+    if stop - start != math.prod(shape) * _ITEM_BYTES[dtype]:
+        raise _damaged(path, f"tensor {name} has {stop - start:,} bytes, not those of its shape and dtype")
+    return StoredTensor(path, dtype, tuple(shape), begin + start, stop - start)
+
+
+def _check_gapless(path: Path, tensors: dict[str, StoredTensor], begin: int, end: int) -> None:
+    """Every byte of the data belongs to one tensor."""
+    reached = begin
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)):
+        if tensor.start != reached:
+            raise _damaged(
+                path, f"tensor {name} {'overlaps' if tensor.start < reached else 'leaves a gap to'} another"
+            )
+        reached += tensor.size
+    if reached != end:
+        raise _damaged(path, f"{end - reached:,} bytes at its end belong to no tensor")
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        found = _json_object(path, path.read_bytes()).get("weight_map")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise _damaged(path, "it has no weight_map from tensors to files")
+    return found
+
+
+def _inside(directory: Path, file: str) -> Path:
+    """The file if it really lies in the directory."""
+    path = directory / file
+    if "/" in file or "\\" in file or "\0" in file or file in ("", ".", ".."):
+        raise CheckpointError(
+            f"{directory / INDEX} names the file {file!r}: files must lie in the directory itself"
+        )
+    if path.resolve().parent != directory.resolve():
+        raise CheckpointError(
+            f"{path} is a link to {path.resolve()}: name the directory that holds the files themselves"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: download it, or name the directory that has it")
+    return path
+
+
+def _json_object(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name stands in it twice")
+        return found
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its JSON cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise _damaged(path, "its JSON is not an object")
+    return value
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {what}; download it again")
