@@ -20,7 +20,8 @@ from orbax.checkpoint import v1 as ocp
 
 from dsjax.checkpoint.hf_names import CheckpointTensor
 from dsjax.checkpoint.safetensors_files import DTYPES, CheckpointError, StoredTensor
-from dsjax.checkpoint.stacked import chunk_key
+from dsjax.checkpoint.stacked import StackedArray, chunk_key
+from dsjax.precision.block_scales import BLOCK
 
 _CACHE_BYTES = 1 << 30  # of decoded chunks, for arrays whose chunks are larger than what is read at once
 
@@ -35,11 +36,30 @@ class ArraySpec(NamedTuple):
 
 
 def create_checkpoint(folder: Path, arrays: dict[str, ArraySpec]) -> None:
-    """An orbax checkpoint, item ``state``, with every array there and no chunk written. Made whole or not at all."""
+    """An orbax checkpoint, item ``state``, with every array there and no chunk written. Made whole or not at all.
+
+    Raises CheckpointError where it cannot be written.
+    """
     if folder.exists():
         return
     unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for left in folder.parent.glob(f"{unfinished.name}*"):  # orbax adds an ending while it writes
+        shutil.rmtree(left)
+    try:
+        _create_skeleton(unfinished, arrays)
+        unfinished.rename(folder)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    except (ValueError, RuntimeError) as error:  # of TensorStore, which repeats what the system said
+        raise write_error(folder, _system_error(str(error))) from error
+
+
+def _system_error(text: str) -> OSError:
+    found = next((code for code in errno.errorcode if os.strerror(code) in text), None)
+    return OSError(found, os.strerror(found) if found else text.splitlines()[0])
+
+
+def _create_skeleton(unfinished: Path, arrays: dict[str, ArraySpec]) -> None:
     # Orbax writes what makes the folder a checkpoint, for arrays of one element; the real ones take their place.
     context = ocp.Context()
     saving = context.array.saving
@@ -53,7 +73,6 @@ def create_checkpoint(folder: Path, arrays: dict[str, ArraySpec]) -> None:
     for name, spec in arrays.items():
         shutil.rmtree(unfinished / "state" / name)
         _create(unfinished / "state" / name, spec)
-    unfinished.rename(folder)
 
 
 def _create(folder: Path, spec: ArraySpec) -> None:
@@ -67,6 +86,28 @@ def _create(folder: Path, spec: ArraySpec) -> None:
     tensorstore.open(spec_json).result()
 
 
+def array_names(folder: Path) -> set[str]:
+    """Of the item ``state`` of an orbax checkpoint. Raises CheckpointError where it is damaged."""
+    try:
+        return {entry["key_metadata"][0]["key"] for entry in _metadata(folder)["tree_metadata"].values()}
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise _damaged(folder, "_METADATA names no arrays") from None
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    try:
+        metadata = json.loads((folder / "state" / "_METADATA").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(folder, f"_METADATA cannot be read: {type(error).__name__}") from None
+    if not isinstance(metadata, dict):
+        raise _damaged(folder, "_METADATA is no object")
+    return metadata
+
+
+def _damaged(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{folder} is damaged ({what}): use an older checkpoint, or make it again")
+
+
 def open_arrays(folder: Path, read_at_once: dict[str, int]) -> dict[str, Any]:
     """TensorStore handles of arrays in the item ``state`` of any orbax checkpoint.
 
@@ -74,13 +115,13 @@ def open_arrays(folder: Path, read_at_once: dict[str, int]) -> dict[str, Any]:
     chunks are kept for the next time.
     """
     state = folder.absolute() / "state"
-    metadata = json.loads((state / "_METADATA").read_text())
+    metadata = _metadata(folder)
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     cache = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
 
     def start(name: str, context: tensorstore.Context | None = None) -> Any:
         kvstore: dict[str, Any] = {"driver": "file", "path": f"{state}/{name}/"}
-        if metadata["use_ocdbt"]:
+        if metadata.get("use_ocdbt"):
             kvstore = {"driver": "ocdbt", "base": f"file://{state}/", "path": f"{name}/"}
         # A chunk that is missing is damage, not zeros.
         spec = {"driver": driver, "kvstore": kvstore, "fill_missing_data_reads": False}
@@ -91,9 +132,7 @@ def open_arrays(folder: Path, read_at_once: dict[str, int]) -> dict[str, Any]:
         try:
             arrays[name] = future.result()
         except ValueError as error:
-            raise CheckpointError(
-                f"{state}: array {name} cannot be opened: make the checkpoint again"
-            ) from error
+            raise _damaged(folder, f"array {name} cannot be opened") from error
     for name, elements in read_at_once.items():
         if math.prod(arrays[name].chunk_layout.read_chunk.shape) > elements:
             arrays[name] = start(name, cache).result()
@@ -106,6 +145,19 @@ class PlainArray(NamedTuple):
     folder: Path
     dtype: str
     chunk_shape: tuple[int, ...]
+
+    def is_cut_by_rows(self, array: StackedArray) -> bool:
+        """Whether each chunk holds whole tensors, or some rows of one in whole blocks."""
+        lead, own = self.chunk_shape[: len(array.lead)], self.chunk_shape[len(array.lead) :]
+        if len(self.chunk_shape) != len(array.shape) or min(self.chunk_shape) < 1:
+            return False
+        first, ours = array.tensor.order[0], array.tensor.ours
+        count = ours[first] // own[first]
+        if own != (*ours[:first], own[first], *ours[first + 1 :]) or count * own[first] != ours[first]:
+            return False
+        if any(length % n for length, n in zip(array.lead, lead, strict=True)):
+            return False
+        return count == 1 or (array.tensor.shape[0] // count % BLOCK == 0 and math.prod(lead) == 1)
 
     def parts(self, tensor: CheckpointTensor) -> list[StoredTensor]:
         """Where the bytes of one of its tensors lie: one part after the other, each some of its rows."""
@@ -122,20 +174,24 @@ class PlainArray(NamedTuple):
         return [StoredTensor(file, spelt, shape, start, size) for file in files]
 
 
-def plain_array(folder: Path, name: str, order: tuple[int, ...]) -> PlainArray | None:
-    """The array ``name`` in the item ``state`` if its bytes lie in ``order``; None if they do not or are encoded."""
+def plain_array(folder: Path, name: str, array: StackedArray) -> PlainArray | None:
+    """The array ``name`` in the item ``state``; None if its chunks are encoded or cut otherwise than here."""
     path = folder / "state" / name / "zarr.json"
     if not path.exists():
         return None
-    metadata = json.loads(path.read_text())
-    *turned, last = metadata["codecs"]
-    found = (
-        turned[0]["configuration"]["order"] if turned and turned[0]["name"] == "transpose" else sorted(order)
-    )
-    if len(turned) > 1 or last["name"] != "bytes" or tuple(found) != order:
-        return None
-    chunk_shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    return PlainArray(path.parent, metadata["data_type"], tuple(chunk_shape))
+    try:
+        metadata = json.loads(path.read_bytes())
+        *turned, last = metadata["codecs"]
+        order = sorted(array.order)
+        if turned and turned[0]["name"] == "transpose":
+            order = turned[0]["configuration"]["order"]
+        if len(turned) > 1 or last["name"] != "bytes" or tuple(order) != array.order:
+            return None
+        chunk_shape = tuple(map(int, metadata["chunk_grid"]["configuration"]["chunk_shape"]))
+        plain = PlainArray(path.parent, metadata["data_type"], chunk_shape)
+        return plain if plain.dtype in DTYPES.values() and plain.is_cut_by_rows(array) else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise _damaged(folder, f"{path.relative_to(folder)} cannot be read: {type(error).__name__}") from None
 
 
 def is_written(path: Path, size: int) -> bool:

@@ -1,9 +1,7 @@
 """What lies beside the weights of a released checkpoint and stays with the model: configuration, tokenizer, chat."""
 
 import ast
-import filecmp
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +25,47 @@ _TOKENIZER_CONFIG = {
 
 def keep_companions(source: Path, folder: Path, config: dict[str, Any]) -> None:
     """Copies the files, and writes ``config`` to ``config.json`` and the texts of ``encoding/*.py`` to one file."""
+    contents = {"config.json": _encoded(config)}
+    for pattern in _PATTERNS:
+        contents |= {path.name: _read(path) for path in sorted(source.glob(pattern)) if not path.is_dir()}
+    texts = encoding_texts(source / "encoding")
+    if texts:
+        contents[ENCODING] = _encoded(texts)
+    _write(folder, contents)
+
+
+def keep_companions_of_ours(source: ModelFolder, folder: Path) -> None:
+    """Copies what was kept with a model of ours, and the tokenizer of the run that made it."""
+    _write(folder, _kept(source.path))
+
+
+def _kept(folder: Path) -> dict[str, bytes]:
+    """What lies in ``hf`` of a model's folder; where a run prepared text with another tokenizer, that one."""
+    contents = {path.name: _read(path) for path in sorted((folder / HF).glob("*")) if not path.is_dir()}
+    trained = folder / "data" / "tokenizer.json"
+    if trained.exists() and contents.get("tokenizer.json") != _read(trained):
+        contents |= {"tokenizer.json": _read(trained), "tokenizer_config.json": _encoded(_TOKENIZER_CONFIG)}
+    return contents
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): download it again, or delete it to do without"
+        ) from error
+
+
+def _encoded(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _write(folder: Path, contents: dict[str, bytes]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for pattern in _PATTERNS:
-            for path in sorted(source.glob(pattern)):
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
-        texts = encoding_texts(source / "encoding")
-        if texts:
-            (folder / ENCODING).write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
     except OSError as error:
         raise write_error(folder, error) from error
 
@@ -48,11 +77,13 @@ def encoding_texts(folder: Path) -> dict[str, str]:
     """
     texts: dict[str, str] = {}
     for path in sorted(folder.glob("*.py")):
+        program = _read(path)
         try:
-            statements = ast.parse(path.read_bytes()).body
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            statements = ast.parse(program).body
+        except (SyntaxError, RecursionError, MemoryError, ValueError) as error:
             raise CheckpointError(
-                f"{path} cannot be parsed ({error}): download it again, or delete it to do without"
+                f"{path} cannot be parsed ({error or type(error).__name__}): download it again, or delete it to do "
+                "without"
             ) from None
         for statement in statements:
             texts |= _assigned(statement)
@@ -71,17 +102,6 @@ def _assigned(statement: ast.stmt) -> dict[str, str]:
     return {target.id: value.value for target in targets if isinstance(target, ast.Name)}
 
 
-def tokenizer_files(folder: ModelFolder, target: Path, config: dict[str, Any]) -> None:
-    """Writes ``config.json`` and the tokenizer's files to an exported directory, and all else that came with it."""
-    try:
-        came = folder.path / HF
-        for path in sorted(came.glob("*")):
-            if path.name != "config.json":
-                shutil.copyfile(path, target / path.name)
-        trained, theirs = folder.path / "data" / "tokenizer.json", came / "tokenizer.json"
-        if trained.exists() and not (theirs.exists() and filecmp.cmp(trained, theirs, shallow=False)):
-            shutil.copyfile(trained, target / "tokenizer.json")
-            (target / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n")
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise write_error(target, error) from error
+def release_companions(source: ModelFolder, folder: Path, config: dict[str, Any]) -> None:
+    """Writes to an exported directory ``config`` as its ``config.json``, the tokenizer, and all else that was kept."""
+    _write(folder, _kept(source.path) | {"config.json": _encoded(config)})

@@ -1,6 +1,8 @@
 """Hugging Face checkpoints in and out: ``python -m dsjax.checkpoint.convert {inspect,import,export}``."""
 
 import argparse
+import io
+import os
 import re
 import sys
 from pathlib import Path
@@ -20,11 +22,19 @@ from dsjax.observe.transfer import QuietlyBrokenConsole
 def main() -> None:
     """Runs the command line; what is wrong with a checkpoint is one sentence and exit status 1."""
     arguments = _parser().parse_args()
-    logging.set_verbosity(logging.ERROR)  # orbax warns of what is meant to be
+    logging.set_verbosity(
+        logging.FATAL
+    )  # orbax warns of what is meant, and its threads log what is raised as well
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of folders may be no text
     try:
         arguments.run(arguments)
     except CheckpointError as error:
         sys.stderr.write(f"{error}\n")
+        sys.exit(1)
+    except OSError as error:  # of the output: those of files are told by name
+        sys.stderr.write(f"{error.filename or 'standard output'} cannot be used: {error.strerror}\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("stopped: run the same command again to go on\n")

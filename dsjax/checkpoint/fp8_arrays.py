@@ -5,11 +5,24 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from dsjax.checkpoint.hf_names import SCALE_SUFFIX
-from dsjax.precision.block_scales import BLOCK, dequantise
+from dsjax.checkpoint.safetensors_files import CheckpointError
+from dsjax.precision.block_scales import BLOCK, dequantise, quantise
+
+
+def quantised(weight: np.ndarray, *, power_of_two: bool, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values and scales as ``quantise`` makes them. Raises CheckpointError where ``what`` holds no finite numbers."""
+    values, scales = map(np.asarray, quantise(weight, power_of_two=power_of_two))
+    if not np.isfinite(scales).all():
+        raise CheckpointError(
+            f"{what} holds a number that is not finite, which FP8 cannot say: use --dtype bfloat16 to see the weights "
+            "as they are"
+        )
+    return values, scales
 
 
 def as_stored(saved: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:

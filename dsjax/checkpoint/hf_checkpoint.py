@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint as it lies on disk, against what its configuration promises."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,12 +10,14 @@ import numpy as np
 from dsjax.checkpoint.hf_config import HfConfig, read_config, without_mtp
 from dsjax.checkpoint.hf_names import SCALE_SUFFIX, CheckpointTensor, checkpoint_tensors
 from dsjax.checkpoint.safetensors_files import (
+    DTYPES,
     CheckpointError,
     StoredTensor,
     read_directory,
     read_pieces,
     read_region,
 )
+from dsjax.checkpoint.stacked import StackedArray
 from dsjax.precision.block_scales import BLOCK
 
 _COMPARED_BYTES = 64 << 20
@@ -37,6 +40,12 @@ class HfCheckpoint(NamedTuple):
             if self.config.is_fp8 or not tensor.scale_of:
                 yield tensor
 
+    def dtype_of(self, array: StackedArray) -> str | None:
+        """That of its tensors here, float32 where they differ; None where there are none: a new indexer's."""
+        stored = (self.stored.get(tensor.name) for tensor in array.tensors.values())
+        found = {DTYPES[tensor.dtype] for tensor in stored if tensor}
+        return (found.pop() if len(found) == 1 else "float32") if found else None
+
     def scales(self, tensor: CheckpointTensor, rows: slice) -> np.ndarray:
         """The scales of some rows of an FP8 matrix, from a whole block on. Raises CheckpointError for a bad one."""
         name = tensor.name + SCALE_SUFFIX
@@ -52,7 +61,7 @@ class HfCheckpoint(NamedTuple):
 
 def open_checkpoint(directory: Path) -> HfCheckpoint:
     """Reads the configuration, the index and all headers. Raises CheckpointError where one of them is unsound."""
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # Path.is_dir raises for names that are too long
         raise CheckpointError(f"{directory} is not a directory: name the one that holds config.json")
     config, stored = read_config(directory), read_directory(directory)
     mtp = f"model.layers.{config.model.num_hidden_layers}."

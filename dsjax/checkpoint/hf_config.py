@@ -12,6 +12,8 @@ from dsjax.precision.block_scales import BLOCK
 
 _FAMILIES = ("deepseek_v32", "deepseek_v3")
 
+_MOST_EXPERTS = 1_000_000  # in all layers; V3.2 has 15,616
+
 # Fields of ours that say how to compute or train, which no checkpoint does; its initializer_range is not what the
 # model was trained with.
 _OURS = {
@@ -92,7 +94,17 @@ def _model(values: dict[str, Any]) -> ModelConfig:
         found["index_topk"] = 0
     model = ModelConfig(**found, **_rope(values))
     model.check()
+    check_countable(model)
     return model
+
+
+def check_countable(model: ModelConfig) -> None:
+    """Raises ConfigError where listing the tensors would take for ever: what is read here comes from strangers."""
+    layers, experts = model.num_hidden_layers, model.n_routed_experts
+    if layers * experts > _MOST_EXPERTS:
+        raise ConfigError(
+            f"num_hidden_layers={layers} and n_routed_experts={experts} make more than {_MOST_EXPERTS:,} experts"
+        )
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +198,8 @@ def config_values(model: ModelConfig, *, is_fp8: bool, dtype: str, base: dict[st
     values.pop("rope_parameters", None)
     if not base:
         values |= {"initializer_range": model.initializer_range, "bos_token_id": 0, "eos_token_id": 1}
-    values.pop("dtype", None)
+    for name in ("dtype", "auto_map"):  # the latter is of code beside the weights, which is not kept
+        values.pop(name, None)
     values["torch_dtype"] = dtype
     values.pop("quantization_config", None)
     if is_fp8:

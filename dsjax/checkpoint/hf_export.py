@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsjax.checkpoint.array_files import (
+    array_names,
     is_written,
     open_arrays,
     plain_array,
     write_all,
     write_error,
 )
-from dsjax.checkpoint.companions import tokenizer_files
+from dsjax.checkpoint.companions import release_companions
+from dsjax.checkpoint.fp8_arrays import quantised
 from dsjax.checkpoint.hf_config import config_values, quantization_config
 from dsjax.checkpoint.hf_names import SCALE_SUFFIX, CheckpointTensor, checkpoint_tensors
 from dsjax.checkpoint.model_folder import ModelFolder, open_model_folder
@@ -28,15 +30,14 @@ from dsjax.checkpoint.safetensors_files import (
     encoded_header,
     item_bytes,
     read_pieces,
+    read_region,
 )
-from dsjax.checkpoint.stacked import stacked_arrays
+from dsjax.checkpoint.stacked import CONVERTED_ELEMENTS, pieces_of_rows, stacked_arrays
 from dsjax.checkpoint.staging import staged, warn_if_scarce
 from dsjax.checkpoint.weight_dtype import FP8, WeightDtype
 from dsjax.checkpoint.workers import Job, run_all
 from dsjax.observe.transfer import Transfer
-from dsjax.precision.block_scales import BLOCK, dequantise, quantise
-
-_PIECE_ELEMENTS = 32 << 20
+from dsjax.precision.block_scales import BLOCK, dequantise
 
 
 def export_checkpoint(
@@ -60,7 +61,7 @@ def export_checkpoint(
             folder.model, is_fp8=weights.is_fp8, dtype=weights.torch_dtype, base=folder.hf_values
         )
         _write_index(partial, shards)
-        tokenizer_files(folder, partial, values)
+        release_companions(folder, partial, values)
         total = sum(shard.size for shard in shards)
         warn_if_scarce(partial, total)
         with Transfer(f"export {source.name}", total) as transfer:
@@ -85,16 +86,17 @@ class _Weights:
         self.power_of_two = quantization_config(folder.model, folder.hf_values)["scale_fmt"] == "ue8m0"
         tensors = list(checkpoint_tensors(folder.model))
         arrays = stacked_arrays(tensor for tensor in tensors if not tensor.scale_of)
-        found = folder.array_names()
+        found = array_names(folder.step)
         names = [f"model.{path}" for path in arrays]
         if missing := sorted(set(names) - found):
             raise CheckpointError(
                 f"{folder.step} lacks array {missing[0]}: it is of another model than its config.json"
             )
         self.scaled = {name for name in names if name + SCALE_SUFFIX in found}
-        read = {f"model.{path}": math.prod(array.tensor.ours) for path, array in arrays.items()}
-        read |= {name + SCALE_SUFFIX: 1 for name in self.scaled}
-        self.arrays = open_arrays(folder.step, read)
+        sizes = {f"model.{path}": math.prod(array.tensor.ours) for path, array in arrays.items()}
+        in_pieces = {name for name, size in sizes.items() if size > CONVERTED_ELEMENTS}
+        sizes |= dict.fromkeys(in_pieces | {name + SCALE_SUFFIX for name in self.scaled}, 1)
+        self.arrays = open_arrays(folder.step, sizes)
         for path, array in arrays.items():
             shape = self.arrays[f"model.{path}"].shape
             if shape != array.shape:
@@ -103,7 +105,7 @@ class _Weights:
                     "its config.json"
                 )
         self.plain = {
-            f"model.{path}": plain_array(folder.step, f"model.{path}", array.order)
+            f"model.{path}": plain_array(folder.step, f"model.{path}", array)
             for path, array in stacked_arrays(tensors).items()
         }
         self.dtype = dtype or self._as_they_are(arrays)
@@ -137,27 +139,34 @@ class _Weights:
                 yield from read_pieces(part, slice(0, part.shape[0]))
             return
         scales_here = []
-        for rows in _pieces_of(tensor):
-            values = self._read(name, tensor, rows)
+        for rows, values in self._values(name, tensor):
             if name in self.scaled and dtype != FP8:
                 yield np.asarray(dequantise(values, self._scales(name, tensor, rows), dtype))
             elif name not in self.scaled and dtype == FP8:
-                quantised, scales = quantise(values, power_of_two=self.power_of_two)
-                scales_here.append(np.asarray(scales))
-                yield np.asarray(quantised)
+                what = f"{self.step}: tensor {tensor.name}"
+                values, scales = quantised(values, power_of_two=self.power_of_two, what=what)
+                scales_here.append(scales)
+                yield values
             else:
                 yield values.astype(dtype, copy=False)
         yield from scales_here
 
-    def _read(self, name: str, tensor: CheckpointTensor, rows: slice) -> np.ndarray:
-        """Rows of a tensor as the checkpoint of the release lays them out."""
+    def _values(self, name: str, tensor: CheckpointTensor) -> Iterator[tuple[slice, np.ndarray]]:
+        """A tensor as the checkpoint of the release lays it out, some rows at a time."""
+        plain = self.plain[name]
+        if plain:
+            start = 0
+            for part in plain.parts(tensor):
+                for rows in pieces_of_rows(slice(0, part.shape[0]), part.shape):
+                    yield slice(start + rows.start, start + rows.stop), read_region(part, rows)
+                start += part.shape[0]
+            return
         turned = self.arrays[name][tensor.place].transpose(list(tensor.order))
-        first = slice(None)
-        if rows != first:
-            inner = tensor.shape[0] // turned.shape[0]
-            first = slice(rows.start // inner, rows.stop // inner)
-        values = self._result(turned[first].read(order="C"), name)
-        return values.reshape(-1, *tensor.shape[1:])
+        inner = tensor.shape[0] // turned.shape[0]  # a head's width
+        for rows in pieces_of_rows(slice(0, tensor.shape[0]), tensor.shape, inner):
+            part = turned[rows.start // inner : rows.stop // inner]
+            values = self._result(part.read(order="C"), name)
+            yield rows, values.reshape(-1, *tensor.shape[1:])
 
     def _scales(self, name: str, tensor: CheckpointTensor, rows: slice) -> np.ndarray:
         turned = self.arrays[name + SCALE_SUFFIX][tensor.place].transpose([1, 0])
@@ -172,19 +181,6 @@ class _Weights:
             raise CheckpointError(
                 f"{self.step}: array {name} is damaged ({reason}): make it again"
             ) from error
-
-
-def _pieces_of(tensor: CheckpointTensor) -> Iterator[slice]:
-    """Rows to read at a time: whole blocks and whole heads."""
-    if len(tensor.shape) == 1:
-        yield slice(None)
-        return
-    rows, columns = tensor.shape
-    inner = rows // tensor.ours[tensor.order[0]]
-    unit = math.lcm(BLOCK, inner)
-    count = unit * max(1, _PIECE_ELEMENTS // (unit * columns))
-    for start in range(0, rows, count):
-        yield slice(start, min(start + count, rows))
 
 
 def _shards(weights: _Weights, shard_bytes: int) -> list[_Shard]:

@@ -12,17 +12,26 @@ import numpy as np
 
 from dsjax.checkpoint.array_files import ArraySpec, create_checkpoint, is_written, write_whole
 from dsjax.checkpoint.companions import keep_companions
+from dsjax.checkpoint.fp8_arrays import quantised
 from dsjax.checkpoint.hf_checkpoint import HfCheckpoint, check_copy, copies, open_sound_checkpoint
 from dsjax.checkpoint.hf_config import with_new_indexer
 from dsjax.checkpoint.hf_names import SCALE_SUFFIX, CheckpointTensor
 from dsjax.checkpoint.model_folder import HF
 from dsjax.checkpoint.safetensors_files import DTYPES, StoredTensor, read_pieces, read_region
-from dsjax.checkpoint.stacked import Chunk, Grid, StackedArray, chunks, grid_of, stacked_arrays
+from dsjax.checkpoint.stacked import (
+    Chunk,
+    Grid,
+    StackedArray,
+    chunks,
+    grid_of,
+    pieces_of_rows,
+    stacked_arrays,
+)
 from dsjax.checkpoint.staging import staged, warn_if_scarce
 from dsjax.checkpoint.weight_dtype import FP8, WeightDtype
 from dsjax.checkpoint.workers import Job, run_all
 from dsjax.observe.transfer import Transfer
-from dsjax.precision.block_scales import BLOCK, dequantise, quantise
+from dsjax.precision.block_scales import BLOCK, dequantise
 
 
 def import_checkpoint(
@@ -104,11 +113,9 @@ def _dtype(array: StackedArray, checkpoint: HfCheckpoint, requested: WeightDtype
         return FP8 if array.tensor.dtype == "F8_E4M3" else "bfloat16"
     if requested:
         return requested
-    stored = [checkpoint.stored.get(tensor.name) for tensor in array.tensors.values()]
     # A new indexer is like the rest of the checkpoint.
     new = array.tensor.dtype if checkpoint.config.is_fp8 else checkpoint.stored["lm_head.weight"].dtype
-    found = {DTYPES[tensor.dtype if tensor else new] for tensor in stored}
-    return found.pop() if len(found) == 1 else "float32"
+    return checkpoint.dtype_of(array) or DTYPES[new]
 
 
 class _Source:
@@ -120,27 +127,31 @@ class _Source:
 
     def read(
         self, tensor: CheckpointTensor, rows: slice, dtype: str
-    ) -> tuple[Iterable[np.ndarray], np.ndarray | None]:
+    ) -> tuple[Iterable[np.ndarray], list[np.ndarray]]:
         """Rows of a tensor in ``dtype``, in pieces, and their scales if that is FP8."""
+        stored = self.checkpoint.stored.get(tensor.name)
+        if stored and DTYPES[stored.dtype] == dtype:
+            return read_pieces(stored, rows), [self.checkpoint.scales(tensor, rows)] if dtype == FP8 else []
+        pieces = (self._read(tensor, piece, dtype) for piece in pieces_of_rows(rows, tensor.shape))
+        if dtype != FP8:
+            return pieces, []
+        what = f"{stored.file if stored else 'new indexer'}: tensor {tensor.name}"
+        made = [quantised(piece, power_of_two=self.power_of_two, what=what) for piece in pieces]
+        return [values for values, _ in made], [scales for _, scales in made]
+
+    def _read(self, tensor: CheckpointTensor, rows: slice, dtype: str) -> np.ndarray:
+        """As numbers: in ``dtype``, or on the way to FP8 in what they are stored in."""
         stored = self.checkpoint.stored.get(tensor.name)
         if stored is None:
             # Brings flax with it, half a second that other imports need not take.
             from dsjax.checkpoint.fresh_indexer import fresh_indexer_tensor
 
-            return self._converted(fresh_indexer_tensor(self.checkpoint.config.model, tensor)[rows], dtype)
-        scales = self.checkpoint.scales(tensor, rows) if stored.dtype == "F8_E4M3" else None
-        if DTYPES[stored.dtype] == dtype:
-            return read_pieces(stored, rows), scales
-        values = read_region(stored, rows)
-        if scales is None:
-            return self._converted(values, dtype)
-        return [np.asarray(dequantise(values, scales, dtype))], None
-
-    def _converted(self, values: np.ndarray, dtype: str) -> tuple[Iterable[np.ndarray], np.ndarray | None]:
-        if dtype != FP8:
-            return [values.astype(dtype, copy=False)], None
-        quantised, scales = quantise(values, power_of_two=self.power_of_two)
-        return [np.asarray(quantised)], np.asarray(scales)
+            values = fresh_indexer_tensor(self.checkpoint.config.model, tensor)[rows]
+        else:
+            values = read_region(stored, rows)
+        if values.dtype == FP8:
+            return np.asarray(dequantise(values, self.checkpoint.scales(tensor, rows), dtype))
+        return values if dtype == FP8 else values.astype(dtype, copy=False)
 
 
 def _writings(
@@ -161,7 +172,7 @@ def _write(source: _Source, planned: _Planned, chunk: Chunk, state: Path, transf
         tensors = [planned.array.tensors[place] for place in chunk.places]
         read = [source.read(tensor, chunk.rows, planned.dtype) for tensor in tensors]
         if planned.dtype == FP8:
-            write_whole(scales_file, [scales for _, scales in read if scales is not None])
+            write_whole(scales_file, itertools.chain.from_iterable(scales for _, scales in read))
         write_whole(values_file, itertools.chain.from_iterable(pieces for pieces, _ in read))
     transfer.advance(size, was_there=was_there)
 

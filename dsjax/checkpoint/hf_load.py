@@ -37,9 +37,7 @@ def load_arrays(
 
 
 def _load(checkpoint: HfCheckpoint, array: StackedArray, wanted: jax.ShapeDtypeStruct) -> Array:
-    stored = [checkpoint.stored.get(tensor.name) for tensor in array.tensors.values()]
-    dtypes = {DTYPES[tensor.dtype] if tensor else "float32" for tensor in stored}
-    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    dtype = checkpoint.dtype_of(array) or "float32"
     is_fp8 = dtype == DTYPES["F8_E4M3"]
     sharding: Any = wanted.sharding
     shape = tuple(array.shape[axis] for axis in array.order)

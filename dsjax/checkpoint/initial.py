@@ -1,12 +1,12 @@
 """The weights, and the tokenizer, that a run begins with."""
 
-import dataclasses
-import shutil
+import contextlib
+import filecmp
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
-from dsjax.checkpoint.companions import keep_companions
+from dsjax.checkpoint.companions import keep_companions, keep_companions_of_ours
 from dsjax.checkpoint.hf_checkpoint import HfCheckpoint, open_sound_checkpoint
 from dsjax.checkpoint.hf_config import difference, with_new_indexer
 from dsjax.checkpoint.hf_load import load_arrays
@@ -17,76 +17,93 @@ from dsjax.config import ConfigError, ModelConfig, RunConfig
 from dsjax.config.fields import spell
 from dsjax.models.transformer import Transformer
 
-
-def with_initial_tokenizer(config: RunConfig) -> RunConfig:
-    """The run with the tokenizer of the weights that ``init`` names, where it names no other and they have one."""
-    if config.data.tokenizer:
-        return config
-    init = config.init
-    folders = [Path(init.hf)] if init.hf else []
-    folders += [Path(init.checkpoint) / HF, Path(init.checkpoint) / "data"] if init.checkpoint else []
-    for folder in folders:
-        path = folder.expanduser() / "tokenizer.json"
-        if path.exists():
-            data = dataclasses.replace(config.data, tokenizer=str(path))
-            return dataclasses.replace(config, data=data).freeze()
-    return config
+Initial = HfCheckpoint | ModelFolder  # the weights that a run begins with, not yet read
 
 
-def check_initial(config: RunConfig) -> None:
-    """Raises ConfigError where the weights that ``init`` names are missing or of another model; reads none of them."""
-    _opened(config)
+def open_initial(config: RunConfig, workdir: Path) -> Initial | None:
+    """What ``init`` names, None for random weights; reads no weights.
 
+    What came with them, the tokenizer among it, is kept in ``WORKDIR/hf``: the run never needs its source again.
 
-def initial_model(config: RunConfig, target: Transformer, workdir: Path) -> Transformer | None:
-    """The model that ``init`` names, with the dtypes and shardings of the abstract ``target``; None for random weights.
-
-    What came with the weights is kept in ``WORKDIR/hf``, for exporting. Raises ConfigError as ``check_initial`` does,
-    and where the weights are damaged.
+    Raises ConfigError where they are missing, unsound or of another model, and where the folder holds what came with
+    others.
     """
-    opened = _opened(config)
+    with _named(config):
+        opened = _opened(config)
+        _keep(opened, workdir)
+    return opened
+
+
+def kept_tokenizer(workdir: Path) -> Path | None:
+    """The tokenizer that came with the weights the run began with."""
+    path = workdir / HF / "tokenizer.json"
+    return path if path.exists() else None
+
+
+def initial_model(config: RunConfig, initial: Initial, target: Transformer) -> Transformer:
+    """Reads the weights with the dtypes and shardings of the abstract ``target``.
+
+    Raises ConfigError where they are damaged.
+    """
+    with _named(config):
+        if isinstance(initial, HfCheckpoint):
+            return from_named_leaves(target, dict(load_arrays(initial, placed(named_leaves(target)))))
+        store = CheckpointStore(initial.path, keep=None)
+        model = store.restore_part(int(initial.step.name), target, prefix="model")
+        store.close()
+        return model
+
+
+@contextlib.contextmanager
+def _named(config: RunConfig) -> Iterator[None]:
+    """Errors begin with the field that names the weights."""
     try:
-        if isinstance(opened, HfCheckpoint):
-            return _from_hf(opened, target, workdir)
-        if isinstance(opened, ModelFolder):
-            return _from_folder(opened, target, workdir)
+        yield
     except CheckpointError as error:
         raise ConfigError(f"init.{'hf' if config.init.hf else 'checkpoint'}: {error}") from error
+
+
+def _opened(config: RunConfig) -> Initial | None:
+    init = config.init
+    if init.hf:
+        opened = open_sound_checkpoint(Path(init.hf).expanduser())
+        if init.new_indexer:
+            opened = opened._replace(config=with_new_indexer(opened.config, like=config.model))
+        _check_same_model(config.model, opened.config.model, opened.directory)
+        return opened
+    if init.checkpoint:
+        folder = open_model_folder(Path(init.checkpoint).expanduser())
+        _check_same_model(config.model, folder.model, folder.path)
+        return folder
     return None
 
 
-def _opened(config: RunConfig) -> HfCheckpoint | ModelFolder | None:
-    init, field = config.init, "hf" if config.init.hf else "checkpoint"
-    try:
-        if init.hf:
-            opened = open_sound_checkpoint(Path(init.hf).expanduser())
-            if init.new_indexer:
-                opened = opened._replace(config=with_new_indexer(opened.config, like=config.model))
-            _check_same_model(config.model, opened.config.model, opened.directory)
-            return opened
-        if init.checkpoint:
-            folder = open_model_folder(Path(init.checkpoint).expanduser())
-            _check_same_model(config.model, folder.model, folder.path)
-            return folder
-    except CheckpointError as error:
-        raise ConfigError(f"init.{field}: {error}") from error
-    return None
+def _keep(opened: Initial | None, workdir: Path) -> None:
+    """Several processes may do so at a time: the folder appears whole, and the first one's serves all."""
+    kept = workdir / HF
+    with tempfile.TemporaryDirectory(prefix=".hf-", dir=workdir) as temporary:
+        made = Path(temporary) / HF
+        made.mkdir()
+        if isinstance(opened, HfCheckpoint):
+            keep_companions(opened.directory, made, opened.config.values)
+        elif opened:
+            keep_companions_of_ours(opened, made)
+        if any(made.iterdir()) and not kept.exists():
+            with contextlib.suppress(OSError):  # another process was first
+                made.rename(kept)
+                return
+        if kept.exists() and not _same_files(made, kept):
+            raise ConfigError(
+                f"{kept} is where a run keeps what came with its first weights, and holds something else: use another "
+                f"--workdir, or move it and {workdir / 'data'} away"
+            )
 
 
-def _from_hf(checkpoint: HfCheckpoint, target: Transformer, workdir: Path) -> Transformer:
-    arrays = dict(load_arrays(checkpoint, placed(named_leaves(target))))
-    if jax.process_index() == 0:
-        keep_companions(checkpoint.directory, workdir / HF, checkpoint.config.values)
-    return from_named_leaves(target, arrays)
-
-
-def _from_folder(folder: ModelFolder, target: Transformer, workdir: Path) -> Transformer:
-    store = CheckpointStore(folder.path, keep=None)
-    model = store.restore_part(int(folder.step.name), target, prefix="model")
-    store.close()
-    if jax.process_index() == 0 and (folder.path / HF).is_dir():
-        shutil.copytree(folder.path / HF, workdir / HF, dirs_exist_ok=True)
-    return model
+def _same_files(folder: Path, other: Path) -> bool:
+    names = sorted(path.name for path in folder.iterdir())
+    if names != sorted(path.name for path in other.iterdir()):
+        return False
+    return not any(filecmp.cmpfiles(folder, other, names, shallow=False)[1:])
 
 
 def _check_same_model(ours: ModelConfig, theirs: ModelConfig, path: Path) -> None:

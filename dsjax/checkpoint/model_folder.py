@@ -1,13 +1,14 @@
 """The folders that hold a model of ours: what ``convert import`` wrote, and the workdir of a run."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsjax.checkpoint.hf_config import read_config
+from dsjax.checkpoint.hf_config import check_countable, read_config
 from dsjax.checkpoint.safetensors_files import CheckpointError
 from dsjax.checkpoint.store import CheckpointStore
-from dsjax.config import ConfigError, ModelConfig, model_from_dict
+from dsjax.config import ModelConfig, model_from_dict
 
 HF = "hf"  # the folder for what came with released weights
 
@@ -20,20 +21,10 @@ class ModelFolder(NamedTuple):
     model: ModelConfig
     hf_values: dict[str, Any]  # of the config.json that came with the weights, if any did
 
-    def array_names(self) -> set[str]:
-        """Of the checkpoint's state."""
-        try:
-            tree = json.loads((self.step / "state" / "_METADATA").read_text())["tree_metadata"]
-            return {entry["key_metadata"][0]["key"] for entry in tree.values()}
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise CheckpointError(
-                f"{self.step} is damaged ({type(error).__name__}): use an older checkpoint, or make it again"
-            ) from None
-
 
 def open_model_folder(path: Path) -> ModelFolder:
     """Finds the newest checkpoint and its configuration. Raises CheckpointError where one is missing."""
-    if not (path / "checkpoints").is_dir():
+    if not os.path.isdir(path / "checkpoints"):
         raise CheckpointError(
             f"{path} holds no checkpoints: name a folder of `convert import` or a --workdir of train.py"
         )
@@ -42,7 +33,7 @@ def open_model_folder(path: Path) -> ModelFolder:
     store.close()
     if step is None:
         raise CheckpointError(f"{path / 'checkpoints'} holds no finished checkpoint")
-    came = read_config(path / HF) if (path / HF).is_dir() else None
+    came = read_config(path / HF) if (path / HF / "config.json").exists() else None
     run = path / "config.json"
     if run.exists():
         model = _model_of_run(run)
@@ -57,6 +48,7 @@ def _model_of_run(path: Path) -> ModelConfig:
     try:
         model = model_from_dict(json.loads(path.read_text()))
         model.check()
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        check_countable(model)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is no configuration of a run ({error})") from None
     return model

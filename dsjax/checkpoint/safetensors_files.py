@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
+_LONGEST_NAME = 500  # characters
 _PIECE_BYTES = 256 << 10  # what a core's cache holds
 _ITEM_BYTES = {
     "F64": 8,
@@ -34,7 +36,7 @@ _ITEM_BYTES = {
     "I16": 2,
     "U16": 2,
 }
-_ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1)
 # Of the dtypes of weights, their names in numpy; jax adds those that numpy lacks.
 DTYPES = {"F8_E4M3": jnp.float8_e4m3fn, "BF16": jnp.bfloat16, "F32": jnp.float32}
 DTYPES = {theirs: np.dtype(ours).name for theirs, ours in DTYPES.items()}
@@ -59,7 +61,7 @@ def read_directory(directory: Path) -> dict[str, StoredTensor]:
 
     Raises CheckpointError where a file is missing, damaged, outside the directory or at odds with the index.
     """
-    if not (directory / INDEX).exists():
+    if not os.path.lexists(directory / INDEX):
         return read_header(_inside(directory, SINGLE))
     tensors: dict[str, StoredTensor] = {}
     files: dict[str, set[str]] = {}
@@ -95,6 +97,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     header = _json_object(path, text)
     header.pop("__metadata__", None)
     begin, data_bytes = 8 + header_bytes, file_bytes - 8 - header_bytes
+    _check_names(path, header)
     tensors = {name: _tensor(path, name, entry, begin, data_bytes) for name, entry in header.items()}
     _check_gapless(path, tensors, begin, file_bytes)
     return tensors
@@ -170,8 +173,12 @@ def _tensor(path: Path, name: str, entry: Any, begin: int, data_bytes: int) -> S
 
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise _damaged(path, f"tensor {name} has no dtype that safetensors knows")
+    if not isinstance(dtype, str):
+        raise _damaged(path, f"tensor {name} has no dtype")
+    if dtype not in _ITEM_BYTES:
+        raise CheckpointError(
+            f"{path}: tensor {name} is {dtype[:20]!r}, which cannot be read here: weights are {', '.join(DTYPES)}"
+        )
     if not isinstance(shape, list) or len(shape) > 8 or not all(map(natural, shape)):
         raise _damaged(path, f"tensor {name} has no shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(natural, offsets)):
@@ -204,7 +211,15 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise _damaged(path, "it has no weight_map from tensors to files")
+    _check_names(path, found)
     return found
+
+
+def _check_names(path: Path, names: Iterable[str]) -> None:
+    """They go to the terminal and into other files."""
+    for name in names:
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise _damaged(path, f"{name[:80]!a} is no name of a tensor")
 
 
 def _inside(directory: Path, file: str) -> Path:

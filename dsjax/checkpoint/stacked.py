@@ -13,6 +13,7 @@ from dsjax.checkpoint.hf_names import CheckpointTensor
 from dsjax.precision.block_scales import BLOCK
 
 _LARGEST_CHUNK_BYTES = 64 << 20
+CONVERTED_ELEMENTS = 16 << 20  # at a time
 _GROUPED_CHUNK_BYTES = 4 << 20  # smaller tensors share a chunk up to this size
 
 
@@ -111,6 +112,14 @@ def _parts(tensor: CheckpointTensor, size: int) -> int:
     possible = [n for n in _divisors(first) if n == 1 or tensor.shape[0] // n % BLOCK == 0]
     small_enough = [n for n in possible if size / n <= _LARGEST_CHUNK_BYTES]
     return min(small_enough, default=max(possible))
+
+
+def pieces_of_rows(rows: slice, shape: tuple[int, ...], unit: int = 1) -> Iterator[slice]:
+    """Rows of a tensor, so many as are converted at once: in whole blocks, and in multiples of ``unit``."""
+    unit = math.lcm(BLOCK, unit)
+    step = unit * max(1, CONVERTED_ELEMENTS // (unit * math.prod(shape[1:])))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
 
 
 def _divisors(number: int) -> list[int]:

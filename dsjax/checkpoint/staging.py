@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ def staged(target: Path, order: dict[str, Any]) -> Iterator[Path]:
     ``order`` is JSON that says what is being made. Raises CheckpointError where the target exists, where another
     process is at it, or where the interrupted work was of another order.
     """
-    if target.exists() or target.is_symlink():
+    if os.path.lexists(target):
         raise CheckpointError(f"{target} exists: name a new folder, or move it away")
     folder = target.with_name(f"{target.name}.partial")
     try:

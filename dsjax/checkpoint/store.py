@@ -47,13 +47,14 @@ def _dotted(path: tuple[Any, ...]) -> str:
     return ".".join(parts[:-1] if parts[-1] == "value" else parts)
 
 
-def _chunks_of_a_layer(key: tuple[Any, ...], value: Any) -> Any:
-    """Large stacks are stored so that a layer, or an expert of it, can be read without the others."""
+def _chunks(key: tuple[Any, ...], value: Any) -> Any:
+    """Large arrays are stored in pieces, and stacks so that a layer, or an expert of it, can be read alone."""
     name = _dotted(key)
     lead = ("_layers." in name) + (".mlp.experts." in name)
-    if not lead or value.nbytes <= _CHUNK_BYTES:
+    if value.nbytes <= _CHUNK_BYTES:
         return None
-    size = max(_CHUNK_BYTES, math.prod(value.shape[lead:]) * value.dtype.itemsize)
+    matrix = math.prod(value.shape[lead:]) * value.dtype.itemsize
+    size = max(_CHUNK_BYTES, matrix) if lead else _CHUNK_BYTES
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=size, shard_axes=tuple(range(lead)))
 
 
@@ -96,7 +97,7 @@ class CheckpointStore:
         self._orbax.wait()
         checkpointables = {"state": named_leaves(state), "data": data}
         context = ocp.Context()
-        context.array.saving.scoped_storage_options_creator = _chunks_of_a_layer
+        context.array.saving.scoped_storage_options_creator = _chunks
         with context:
             self._orbax.save_checkpointables_async(step, checkpointables, force=True)
 

@@ -214,7 +214,7 @@ class ModelConfig(Freezable):
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
         if experts % groups:
-            divisors = [d for d in range(1, experts + 1) if experts % d == 0]
+            divisors = [d for d in range(1, min(experts, 1024) + 1) if experts % d == 0]
             raise ConfigError(
                 f"model.n_group={groups} does not divide model.n_routed_experts={experts}: "
                 f"use one of {divisors}"

@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 import uuid
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,17 @@ class PreparedData:
     manifest: dict[str, Any]
 
 
-def prepare(config: DataConfig, *, vocab_size: int, workdir: str | Path, log: Log = print) -> PreparedData:
+def prepare(
+    config: DataConfig,
+    *,
+    vocab_size: int,
+    workdir: str | Path,
+    tokenizer: Path | None = None,
+    log: Log = print,
+) -> PreparedData:
     """The data of a run: read from ``workdir/data`` if it is there, else made from the text and kept there.
 
+    ``tokenizer`` is a file to use where ``config`` names none; without either, one is trained on the text.
     The folder appears complete or not at all, whenever the process is stopped, and several processes may
     prepare the same workdir at a time. Once it is there, the text is not looked at again.
 
@@ -51,22 +60,24 @@ def prepare(config: DataConfig, *, vocab_size: int, workdir: str | Path, log: Lo
     """
     workdir = Path(workdir).expanduser()
     folder = workdir / "data"
+    identity = _identity(config, tokenizer, vocab_size)
     _remove_abandoned(workdir)
     if not folder.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         temporary = workdir / f".data-{uuid.uuid4().hex[:12]}"
         temporary.mkdir()
         try:
-            _write(config, vocab_size, temporary, log)
+            _write(config, tokenizer, identity, temporary, log)
             _move(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return _load(config, vocab_size, folder, log)
+    return _load(identity, folder, log)
 
 
-def _write(config: DataConfig, vocab_size: int, folder: Path, log: Log) -> None:
-    began = time.monotonic()
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+def _write(config: DataConfig, kept: Path | None, identity: dict[str, Any], folder: Path, log: Log) -> None:
+    began, vocab_size = time.monotonic(), identity["model.vocab_size"]
+    named = config.tokenizer or kept
+    tokenizer = load_tokenizer(named) if named else None
     if tokenizer:
         tokenizer.check_fits(vocab_size)
     corpus = read_corpus(config.paths)
@@ -82,7 +93,7 @@ def _write(config: DataConfig, vocab_size: int, folder: Path, log: Log) -> None:
         write_store(folder, side, documents, tokenizer, _progress(side, total_bytes, log))
     manifest = {
         "made_by": _MADE_BY,
-        "config": _identity(config, vocab_size),
+        "config": identity,
         "documents": {side: len(documents) for side, documents in sides.items()},
         "bytes": {side: sum(item.size_bytes for item in documents) for side, documents in sides.items()},
         "tokens": {side: len(load_store(folder, side).tokens) for side in _SIDES},
@@ -93,9 +104,9 @@ def _write(config: DataConfig, vocab_size: int, folder: Path, log: Log) -> None:
     log(f"data: prepared in {time.monotonic() - began:.1f} s")
 
 
-def _load(config: DataConfig, vocab_size: int, folder: Path, log: Log) -> PreparedData:
+def _load(identity: dict[str, Any], folder: Path, log: Log) -> PreparedData:
     manifest = _read_manifest(folder)
-    _check_same(manifest["config"], _identity(config, vocab_size), folder)
+    _check_same(manifest["config"], identity, folder)
     tokens, size_bytes = manifest["tokens"], manifest["bytes"]["train"]
     try:
         definition = (folder / "tokenizer.json").read_bytes().decode("utf-8")
@@ -131,11 +142,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _identity(config: DataConfig, vocab_size: int) -> dict[str, Any]:
+def _identity(config: DataConfig, tokenizer: Path | None, vocab_size: int) -> dict[str, Any]:
     """The settings that decide what is in the folder, by the name that the user knows them by."""
+    kept = f"that of the weights, {zlib.crc32(tokenizer.read_bytes()):08x}" if tokenizer else ""
     return {
         "data.paths": list(config.paths),
-        "data.tokenizer": config.tokenizer,
+        "data.tokenizer": config.tokenizer or kept,
         "data.heldout_fraction": config.heldout_fraction,
         "model.vocab_size": vocab_size,
     }

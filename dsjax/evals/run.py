@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from dsjax.checkpoint.initial import with_initial_tokenizer
+from dsjax.checkpoint.initial import kept_tokenizer
 from dsjax.checkpoint.store import CheckpointStore
 from dsjax.checkpoint.workdir import changes_since
 from dsjax.config import ConfigError, RunConfig
@@ -22,10 +22,12 @@ def run(command: Command) -> None:
 
     ``eval.batches`` says how much of the held-out text is used, the ``eval.sample_*`` fields what is written.
     """
-    config, workdir = with_initial_tokenizer(command.config), command.workdir
+    config, workdir = command
     changes_since(config, workdir)  # refuses another model
     model, step = load_model(config, workdir)
-    prepared = prepare(config.data, vocab_size=config.model.vocab_size, workdir=workdir)
+    prepared = prepare(
+        config.data, vocab_size=config.model.vocab_size, workdir=workdir, tokenizer=kept_tokenizer(workdir)
+    )
     batches = heldout_batches(
         prepared,
         batch_size=config.train.batch_size,

@@ -26,16 +26,20 @@ def quantise(
 ) -> tuple[Float[Array, "*B M N"], Float[Array, "*B m n"]]:
     """Values in e4m3 and float32 scales, ``max|block| / 448`` or the next power of two; 1 for a block of zeros.
 
+    The scale of a block that holds a number that is not finite is not finite.
+
     Weights that came out of ``dequantise`` with scales that are powers of two keep every value.
     """
     weight = weight.astype(jnp.float32)
     rows, columns = weight.shape[-2:]
     edges = [(0, 0)] * (weight.ndim - 2) + [(0, -rows % BLOCK), (0, -columns % BLOCK)]
-    blocks = jnp.pad(jnp.abs(weight), edges)
+    magnitude = jnp.where(jnp.isnan(weight), jnp.inf, jnp.abs(weight))  # a maximum may pass over NaN
+    blocks = jnp.pad(magnitude, edges)
     blocks = blocks.reshape(*weight.shape[:-2], blocks.shape[-2] // BLOCK, BLOCK, -1, BLOCK)
     amax = jnp.max(blocks, axis=(-3, -1))
     scale = jnp.maximum(amax / E4M3_MAX, jnp.finfo(jnp.float32).tiny)
-    scale = jnp.where(amax > 0, power_of_two_at_least(scale) if power_of_two else scale, 1.0)
+    rounded = power_of_two_at_least(scale) if power_of_two else scale
+    scale = jnp.select([amax == 0, jnp.isinf(amax)], [1.0, amax], rounded)
     scaled = weight / _spread(scale, weight.shape)
     return jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn), scale
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dsjax.checkpoint import workdir as workdirs
-from dsjax.checkpoint.initial import check_initial, initial_model, with_initial_tokenizer
+from dsjax.checkpoint.initial import Initial, initial_model, kept_tokenizer, open_initial
 from dsjax.checkpoint.store import CheckpointStore, has_checkpoint
 from dsjax.config import RunConfig
 from dsjax.config.load import Command
@@ -31,21 +31,25 @@ from dsjax.train.stop import Diverged, StopSignal
 
 def run(command: Command) -> None:
     """Trains as the command line says, from where the workdir stands; exits 1 where the run diverged."""
-    config, workdir = with_initial_tokenizer(command.config), command.workdir
+    config, workdir = command
     start = time.perf_counter()
     with StopSignal() as stop, workdirs.held(workdir):
         for change in workdirs.claim(config, workdir):
             print(f"changed since the run began: {change}")
-        if not has_checkpoint(workdir):
-            check_initial(config)
+        initial = None if has_checkpoint(workdir) else open_initial(config, workdir)
         use_compilation_cache(config.log.compilation_cache)
         with ThreadPoolExecutor(1) as background:
             # ---------------------------------------------------- compile while the text is prepared
             compiled = background.submit(_compile_train_step, config)
-            prepared = prepare(config.data, vocab_size=config.model.vocab_size, workdir=workdir)
+            prepared = prepare(
+                config.data,
+                vocab_size=config.model.vocab_size,
+                workdir=workdir,
+                tokenizer=kept_tokenizer(workdir),
+            )
             workdirs.remember_text(prepared.manifest["fingerprint"], workdir)
             try:
-                Run(config, workdir, prepared, compiled, stop, start).go()
+                Run(config, workdir, initial, prepared, compiled, stop, start).go()
             except Diverged as diagnosis:
                 print(diagnosis, file=sys.stderr)
                 sys.exit(1)
@@ -79,12 +83,14 @@ class Run:
         self,
         config: RunConfig,
         workdir: Path,
+        initial: Initial | None,
         prepared: PreparedData,
         compiled: Future[tuple[Any, float]],
         stop: StopSignal,
         start: float,
     ):
         self.config, self.workdir, self.prepared, self.stop = config, workdir, prepared, stop
+        self.initial = initial
         self.compiled, self.start = compiled, start
         self.store = CheckpointStore(workdir, keep=config.checkpoint.keep)
         shape = {
@@ -146,9 +152,10 @@ class Run:
         latest = self.store.latest_step
         target = abstract_state(self.config)
         if latest is None:
-            model = initial_model(self.config, target.model, self.workdir)
-            if model is not None:
-                print(f"weights from {self.config.init.hf or self.config.init.checkpoint}")
+            if self.initial is None:
+                return 0, initial_state(self.config)
+            model = initial_model(self.config, self.initial, target.model)
+            print(f"weights from {self.config.init.hf or self.config.init.checkpoint}")
             return 0, initial_state(self.config, model)
         state = self.store.restore(latest, target, self.batches)
         print(f"resumed from the checkpoint of step {latest}")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,6 +234,9 @@ def held_out_losses(workdir: Path) -> dict[int, float]:
 def test_a_run_begins_where_another_ended(command, undisturbed, exported, tmp_path, way):
     assert "nothing missing" in convert("inspect", exported)
     init = {"init__hf": exported} if way == "hf" else {"init__checkpoint": undisturbed}
+    if way == "hf":
+        shutil.copytree(exported, tmp_path / "source")
+        init = {"init__hf": tmp_path / "source"}
     if way == "imported":
         convert("import", "--source", exported, "--target", tmp_path / "ours")
         init = {"init__checkpoint": tmp_path / "ours"}
@@ -243,12 +247,17 @@ def test_a_run_begins_where_another_ended(command, undisturbed, exported, tmp_pa
     assert (tmp_path / "run" / "data" / "tokenizer.json").read_text() == text
     if way != "hf":
         return
-    # It goes on from its own checkpoint, and its weights leave again.
-    assert "resumed from the checkpoint of step 3" in finish(
-        command(tmp_path / "run", train__steps=4, **init)
-    )
-    convert("export", "--source", tmp_path / "run", "--target", tmp_path / "again")
+    # It goes on from its own checkpoint wherever that lies, without the source, and its weights leave again.
+    shutil.rmtree(tmp_path / "source")
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert "resumed from the checkpoint of step 3" in finish(command(moved, train__steps=4, **init))
+    assert "resumed from the checkpoint of step 4" in finish(command(moved, train__steps=5))
+    evaluation = [word if word != "train.py" else "eval.py" for word in command(moved, train__steps=5)]
+    assert "held-out tokens" in finish(evaluation)
+    convert("export", "--source", moved, "--target", tmp_path / "again")
     assert (tmp_path / "again" / "tokenizer.json").read_text() == text
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == json.loads((exported / "config.json").read_text())
 
 
 def test_weights_of_another_model_are_refused(command, exported, tmp_path):
@@ -259,3 +268,24 @@ def test_weights_of_another_model_are_refused(command, exported, tmp_path):
     output = finish(command(tmp_path / "other", init__hf=tmp_path / "nowhere"), status=2)
     assert f"init.hf: {tmp_path / 'nowhere'} is not a directory" in output
     assert not (tmp_path / "other" / "data").exists()  # it was refused before the text was prepared
+
+
+def test_what_came_with_other_weights_is_not_mixed_in(command, exported, undisturbed, tmp_path):
+    kept = tmp_path / "run" / "hf"
+    shutil.copytree(exported, kept)  # where a user might well have put the download
+    for init in ({"init__hf": kept}, {"init__checkpoint": undisturbed}, {}):
+        output = finish(command(tmp_path / "run", **init), status=2)
+        assert f"{kept} is where a run keeps what came with its first weights" in output
+        assert "Traceback" not in output
+    assert sorted(path.name for path in kept.iterdir()) == sorted(path.name for path in exported.iterdir())
+
+
+def test_an_encoding_that_is_no_python_is_told_before_weights_are_read(command, exported, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(exported, source)
+    (source / "encoding").mkdir()
+    (source / "encoding" / "encoding.py").write_text("def (:")
+    output = finish(command(tmp_path / "run", init__hf=source), status=2)
+    assert f"init.hf: {source / 'encoding' / 'encoding.py'} cannot be parsed" in output
+    assert "Traceback" not in output
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.json"]

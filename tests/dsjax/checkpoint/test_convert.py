@@ -159,16 +159,46 @@ def config_without_a_field(hf):
     return hf / "config.json", "kv_lora_rank is missing"
 
 
-def encoding_that_is_no_python(hf):
-    (hf / "encoding").mkdir()
-    (hf / "encoding" / "encoding.py").write_text("def (:")
-    return hf / "encoding" / "encoding.py", "cannot be parsed"
+def encoding_of(program: bytes, what: str):
+    def change(hf):
+        (hf / "encoding").mkdir()
+        (hf / "encoding" / "encoding.py").write_bytes(program)
+        return hf / "encoding" / "encoding.py", f"cannot be parsed ({what}"
+
+    return change
+
+
+def countless_experts(hf):
+    config = json.loads((hf / "config.json").read_text()) | {"n_routed_experts": 10**12}
+    (hf / "config.json").write_text(json.dumps(config))
+    return hf / "config.json", "n_routed_experts=1000000000000 make more than 1,000,000 experts"
+
+
+def dangling(name: str, what: str):
+    def change(hf):
+        (hf / name).unlink(missing_ok=True)
+        (hf / name).symlink_to("nowhere")
+        return hf / name, what
+
+    return change
+
+
+def unspeakable_name(hf):
+    path = file_of(hf, MATRIX)
+    content = path.read_bytes().replace(b"kv_a_layernorm", b"kv\\u001b[31mrm", 1)  # an escape code, in JSON
+    path.write_bytes(content)
+    return path, r"kv\x1b[31mrm.weight' is no name of a tensor"
 
 
 BAD = [
     *(truncated, long_header, overlapping, out_of_range, missing_shard, parent_in_the_index),
     *(absolute_in_the_index, link_out, wrong_shape, wrong_dtype, missing_scale, different_copy),
-    *(config_without_a_field, encoding_that_is_no_python),
+    *(config_without_a_field, countless_experts, unspeakable_name),
+    pytest.param(encoding_of(b"def (:", "invalid syntax"), id="no Python"),
+    pytest.param(encoding_of(b"(" * 300, "too many nested"), id="nested Python"),
+    pytest.param(encoding_of(b'A = "\xff"', "(unicode error)"), id="no text"),
+    pytest.param(dangling("tokenizer.json", "cannot be read"), id="dangling tokenizer"),
+    pytest.param(dangling(INDEX, "cannot be read"), id="dangling index"),
     *(pytest.param(scale(value), id=f"scale {value}") for value in (float("nan"), 0.0, float("inf"), -1.0)),
 ]
 
@@ -199,6 +229,76 @@ def test_an_existing_target_is_left_alone(hf, monkeypatch, capsys, command):
     assert run(monkeypatch, command, "--source", source, "--target", target) == 1
     assert capsys.readouterr().err == f"{target} exists: name a new folder, or move it away\n"
     assert [path.name for path in target.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_numbers_that_fp8_cannot_say_are_refused(hf, monkeypatch, capsys, command, value):
+    import_checkpoint(hf, hf.parent / "ours", dtype="float32")
+    export_checkpoint(hf.parent / "ours", hf.parent / "full")
+    path = file_of(hf.parent / "full", MATRIX)
+    stored_arrays(path, "r+")[MATRIX][1][3, 5] = value
+    source, target = hf.parent / "full", hf.parent / "fp8"
+    if command == "export":
+        import_checkpoint(source, hf.parent / "spoilt")
+        source = path = hf.parent / "spoilt"
+    capsys.readouterr()
+    assert run(monkeypatch, command, "--source", source, "--target", target, "--dtype", "fp8") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(path) in error
+    assert f"tensor {MATRIX} holds a number that is not finite" in error
+    assert not target.exists()
+
+
+def test_a_source_whose_name_no_folder_can_have(monkeypatch, capsys):
+    for name in ("x" * 300, "a\0b"):
+        assert run(monkeypatch, "import", "--source", name, "--target", "y") == 1
+        assert "is not a directory" in capsys.readouterr().err
+        assert run(monkeypatch, "export", "--source", name, "--target", "y") == 1
+        assert "holds no checkpoints" in capsys.readouterr().err
+
+
+def damaged_metadata(text: str):
+    def change(ours):
+        (ours / "checkpoints" / "0" / "state" / "_METADATA").write_text(text)
+
+    return change
+
+
+def damaged_array(text: str):
+    def change(ours):
+        (ours / "checkpoints" / "0" / "state" / "model.norm.weight" / "zarr.json").write_text(text)
+
+    return change
+
+
+def run_of_countless_experts(ours):
+    model = {"n_routed_experts": 10**12}
+    (ours / "config.json").write_text(json.dumps({"model": model | {"rope_scaling": {}}}))
+
+
+def deeply_nested_run(ours):
+    (ours / "config.json").write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        *(damaged_metadata(text) for text in ("", "[]", "{}", '{"tree_metadata": []}', "[" * 100_000)),
+        *(damaged_array(text) for text in ("", "[]", "{}", '{"codecs": [], "chunk_grid": 1}', "[" * 100_000)),
+        *(run_of_countless_experts, deeply_nested_run),
+    ],
+)
+def test_a_damaged_model_of_ours_is_one_sentence(hf, monkeypatch, capsys, spoil):
+    import_checkpoint(hf, hf.parent / "ours")
+    spoil(hf.parent / "ours")
+    capsys.readouterr()
+    assert run(monkeypatch, "export", "--source", hf.parent / "ours", "--target", hf.parent / "back") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(hf.parent / "ours") in error
+    assert not (hf.parent / "back").exists()
 
 
 def test_an_indexer_is_not_added_to_one(hf, monkeypatch, capsys):
@@ -270,15 +370,19 @@ def command(*arguments) -> list[str]:
     return [sys.executable, "-m", "dsjax.checkpoint.convert", *map(str, arguments)]
 
 
-def test_a_limit_on_file_sizes_is_one_sentence(hf):
+@pytest.mark.parametrize("kibibytes", [100, 8, 1])  # of a chunk, of orbax's metadata, of config.json
+def test_a_limit_on_file_sizes_is_one_sentence(hf, kibibytes):
     """A real failure of a real write, by the kernel."""
     importing = command("import", "--source", hf, "--target", hf.parent / "ours")
-    limited = ["bash", "-c", 'ulimit -f 100 && exec "$@"', "bash", *importing]  # KiB
+    limited = ["bash", "-c", f'ulimit -f {kibibytes} && exec "$@"', "bash", *importing]
     result = subprocess.run(limited, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
     assert result.stderr.count("\n") == 1
     assert "cannot be written: File too large" in result.stderr
     assert not (hf.parent / "ours").exists()
+    subprocess.run(importing, cwd=REPOSITORY, check=True, capture_output=True, timeout=60)
+    import_checkpoint(hf, hf.parent / "undisturbed")
+    assert content(hf.parent / "ours") == content(hf.parent / "undisturbed")
 
 
 def test_a_reader_that_goes_away_ends_nothing(hf):
@@ -396,12 +500,14 @@ def test_an_interrupted_export_does_not_mix_two_models(hf, monkeypatch, capsys):
 def test_what_came_with_the_weights_is_kept(tmp_path):
     hf = tmp_path / "hf"
     write_random(hf, SMALL_CONFIG_V3)
+    code = {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    (hf / "config.json").write_text(json.dumps(SMALL_CONFIG_V3 | code))
     (hf / "tokenizer.json").write_text('{"version": "1.0"}')
     (hf / "tokenizer_config.json").write_text("{}")
     (hf / "encoding").mkdir()
     (hf / "encoding" / "encoding_dsv32.py").write_text(
         'import os\nos.abort()\nTOOLS: str = """## Tools\nuse {schemas}"""\nBOS = EOS = "<s>"\nN = 3\n'
-        'def f():\n    HIDDEN = "not at top level"\n'
+        'def f():\n    HIDDEN = "not at top level"\nLONE = "\\ud800｜"\n'
     )
     import_checkpoint(hf, tmp_path / "ours", new_indexer=True)
     kept = tmp_path / "ours" / "hf"
@@ -410,11 +516,14 @@ def test_what_came_with_the_weights_is_kept(tmp_path):
         "TOOLS": "## Tools\nuse {schemas}",
         "BOS": "<s>",
         "EOS": "<s>",
+        "LONE": "\ud800｜",
     }
     config = json.loads((kept / "config.json").read_text())
     assert config["model_type"] == "deepseek_v32"
     assert config["index_topk"] == 2048
+    (kept / "more").mkdir()
     export_checkpoint(tmp_path / "ours", tmp_path / "back")
+    assert "auto_map" not in json.loads((tmp_path / "back" / "config.json").read_text())
     assert (tmp_path / "back" / "tokenizer.json").read_text() == '{"version": "1.0"}'
     assert (tmp_path / "back" / "encoding.json").exists()
     back = stored_arrays(next((tmp_path / "back").glob("*.safetensors")))

@@ -54,23 +54,27 @@ def test_equals_numpy_bit_for_bit(tmp_path, config, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("vocab", [512, 515])
 @pytest.mark.parametrize(("largest", "grouped"), [(20_000, 10_000), (1 << 20, 1)])
-def test_however_the_arrays_are_cut(tmp_path, monkeypatch, dtype, largest, grouped):
-    """Matrices in several parts of whole blocks and heads, a few tensors a chunk or one."""
+def test_however_the_arrays_are_cut(tmp_path, monkeypatch, dtype, largest, grouped, vocab):
+    """Matrices in several parts of whole blocks and heads, a few tensors a chunk or one, converted in pieces."""
+    config = SMALL_CONFIG | {"vocab_size": vocab}
+    monkeypatch.setattr(stacked, "CONVERTED_ELEMENTS", 50_000)
     monkeypatch.setattr(stacked, "_LARGEST_CHUNK_BYTES", largest)
     monkeypatch.setattr(stacked, "_GROUPED_CHUNK_BYTES", grouped)
     source, target = tmp_path / "hf", tmp_path / "ours"
-    write_random(source, SMALL_CONFIG)
+    write_random(source, config)
     import_checkpoint(source, target, dtype=dtype)
     state = target / "checkpoints" / "0" / "state"
     parts = {
         name: len(list((state / f"model.{name}").rglob("c/**/*")))
         for name in ("embed_tokens", "lm_head.weight")
     }
-    assert (parts["embed_tokens"] > 4) == (largest == 20_000)  # 512 rows in parts of at least one block
+    # 512 rows in parts of at least one block
+    assert (parts["embed_tokens"] > 4) == (largest == 20_000 and vocab == 512)
     heads = json.loads((state / "model.moe_layers.self_attn.indexer.wq_b.weight" / "zarr.json").read_text())
     assert (heads["chunk_grid"]["configuration"]["chunk_shape"][2] < 32) == (largest == 20_000)
-    ours, expected = restored(target, abstract_model(source)), our_tree(dequantised(source), SMALL_CONFIG)
+    ours, expected = restored(target, abstract_model(source)), our_tree(dequantised(source), config)
     for path, value in expected.items():
         if dtype == "bfloat16" and not path.endswith(("norm.weight", "correction_bias", "k_norm.bias")):
             value = value.astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -80,6 +84,6 @@ def test_however_the_arrays_are_cut(tmp_path, monkeypatch, dtype, largest, group
         before, after = all_stored_arrays(source), all_stored_arrays(tmp_path / "back")
         assert all(after[name][1].tobytes() == array.tobytes() for name, (_, array) in before.items())
     else:
-        after = our_tree(dequantised(tmp_path / "back"), SMALL_CONFIG)
+        after = our_tree(dequantised(tmp_path / "back"), config)
         for path, value in ours.items():
             np.testing.assert_array_equal(after[path], value, err_msg=path)
