@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,36 +44,47 @@ def create_checkpoint(folder: Path, arrays: dict[str, ArraySpec]) -> None:
     if folder.exists():
         return
     unfinished = folder.with_name(f"{folder.name}.unfinished")
-    for left in folder.parent.glob(f"{unfinished.name}*"):  # orbax adds an ending while it writes
-        shutil.rmtree(left)
     try:
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
         _create_skeleton(unfinished, arrays)
+        for name, spec in arrays.items():
+            _create(unfinished / "state" / name, spec)
         unfinished.rename(folder)
     except OSError as error:
         raise write_error(folder, error) from error
-    except (ValueError, RuntimeError) as error:  # of TensorStore, which repeats what the system said
+    except ValueError as error:  # of TensorStore, which repeats what the system said
         raise write_error(folder, _system_error(str(error))) from error
+
+
+def _create_skeleton(unfinished: Path, arrays: dict[str, ArraySpec]) -> None:
+    """What makes the folder a checkpoint: orbax writes it, for arrays of one element, elsewhere.
+
+    Where a disk is full its threads go on complaining after it has ended.
+    """
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt, saving.use_zarr3, saving.array_metadata_store = False, True, None
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary) / "0"
+        with context:
+            ones = {
+                name: jax.device_put(np.zeros((1,) * len(spec.shape), spec.dtype))
+                for name, spec in arrays.items()
+            }
+            ocp.save_checkpointables(str(made), {"state": ones})
+        for name in arrays:
+            shutil.rmtree(made / "state" / name)
+        for path in made.rglob("*"):
+            if path.is_file():
+                copy = unfinished / path.relative_to(made)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 def _system_error(text: str) -> OSError:
     found = next((code for code in errno.errorcode if os.strerror(code) in text), None)
     return OSError(found, os.strerror(found) if found else text.splitlines()[0])
-
-
-def _create_skeleton(unfinished: Path, arrays: dict[str, ArraySpec]) -> None:
-    # Orbax writes what makes the folder a checkpoint, for arrays of one element; the real ones take their place.
-    context = ocp.Context()
-    saving = context.array.saving
-    saving.use_ocdbt, saving.use_zarr3, saving.array_metadata_store = False, True, None
-    with context:
-        ones = {
-            name: jax.device_put(np.zeros((1,) * len(spec.shape), spec.dtype))
-            for name, spec in arrays.items()
-        }
-        ocp.save_checkpointables(str(unfinished.absolute()), {"state": ones})
-    for name, spec in arrays.items():
-        shutil.rmtree(unfinished / "state" / name)
-        _create(unfinished / "state" / name, spec)
 
 
 def _create(folder: Path, spec: ArraySpec) -> None:
