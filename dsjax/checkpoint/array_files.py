@@ -19,8 +19,9 @@ import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
+from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.hf_names import CheckpointTensor
-from dsjax.checkpoint.safetensors_files import DTYPES, CheckpointError, StoredTensor
+from dsjax.checkpoint.safetensors_files import DTYPES, StoredTensor
 from dsjax.checkpoint.stacked import StackedArray, chunk_key
 from dsjax.precision.block_scales import BLOCK
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.checkpoint.array_files import write_error
+from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.model_folder import HF, ModelFolder
-from dsjax.checkpoint.safetensors_files import CheckpointError
 
 # File names, beside config.json, that transformers and inference engines look for.
 _PATTERNS = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")

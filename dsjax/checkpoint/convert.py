@@ -10,11 +10,11 @@ from typing import get_args
 
 from absl import logging
 
+from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.hf_checkpoint import open_checkpoint
 from dsjax.checkpoint.hf_export import export_checkpoint
 from dsjax.checkpoint.hf_import import import_checkpoint
 from dsjax.checkpoint.inspection import report
-from dsjax.checkpoint.safetensors_files import CheckpointError
 from dsjax.checkpoint.weight_dtype import WeightDtype
 from dsjax.observe.transfer import QuietlyBrokenConsole
 

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
+from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.hf_names import SCALE_SUFFIX
-from dsjax.checkpoint.safetensors_files import CheckpointError
 from dsjax.precision.block_scales import BLOCK, dequantise, quantise
 
 

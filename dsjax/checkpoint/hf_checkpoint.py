@@ -7,16 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.hf_config import HfConfig, read_config, without_mtp
 from dsjax.checkpoint.hf_names import SCALE_SUFFIX, CheckpointTensor, checkpoint_tensors
-from dsjax.checkpoint.safetensors_files import (
-    DTYPES,
-    CheckpointError,
-    StoredTensor,
-    read_directory,
-    read_pieces,
-    read_region,
-)
+from dsjax.checkpoint.safetensors_files import DTYPES, StoredTensor, read_directory, read_pieces, read_region
 from dsjax.checkpoint.stacked import StackedArray
 from dsjax.precision.block_scales import BLOCK
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsjax.checkpoint.safetensors_files import CheckpointError
+from dsjax.checkpoint.errors import CheckpointError
 from dsjax.config import ConfigError, ModelConfig
 from dsjax.config.model import RopeScaling
 from dsjax.precision.block_scales import BLOCK
@@ -16,7 +16,7 @@ _MOST_EXPERTS = 1_000_000  # in all layers; V3.2 has 15,616
 
 # Fields of ours that say how to compute or train, which no checkpoint does; its initializer_range is not what the
 # model was trained with.
-_OURS = {
+_HOW = {
     "initializer_range",
     "index_precision",
     "mtp_input",
@@ -25,7 +25,8 @@ _OURS = {
     "remat",
     "scan_layers",
 }
-_OURS |= {"dense_attention_max_length", "attention_block_size", "rope_theta", "rope_scaling"}
+_HOW |= {"dense_attention_max_length", "attention_block_size"}
+_ROPE = {"rope_theta", "rope_scaling"}  # spelt otherwise
 _INDEXER = {"index_n_heads", "index_head_dim", "index_topk"}
 
 # What the architecture has only one of; absent means the same.
@@ -37,6 +38,9 @@ _FIXED = {
     "attention_bias": False,
     "tie_word_embeddings": False,
 }
+# Of YaRN too.
+_FIXED_YARN = {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1.0}
+_NEEDED_YARN = ("factor", "original_max_position_embeddings", "mscale", "mscale_all_dim")
 
 
 class HfConfig(NamedTuple):
@@ -80,10 +84,8 @@ def _model(values: dict[str, Any]) -> ModelConfig:
     family = values.get("model_type")
     if family not in _FAMILIES:
         raise ConfigError(f"model_type={family!r} is not one of {', '.join(_FAMILIES)}")
-    for name, only in _FIXED.items():
-        if values.get(name, only) != only:
-            raise ConfigError(f"{name}={values[name]!r} is not supported: only {only!r}")
-    fields = {field.name for field in dataclasses.fields(ModelConfig)} - _OURS
+    _check_fixed(values, _FIXED | {"rope_interleave": True})
+    fields = {field.name for field in dataclasses.fields(ModelConfig)} - _HOW - _ROPE
     if family == "deepseek_v3":
         fields -= _INDEXER
     # transformers' configurations of V3.2 leave it out.
@@ -95,6 +97,12 @@ def _model(values: dict[str, Any]) -> ModelConfig:
     model = ModelConfig(**found, **_rope(values))
     model.check()
     check_countable(model)
+    scaling = model.rope_scaling
+    if scaling.factor > 1 and not model.uses_yarn:
+        raise ConfigError(
+            f"max_position_embeddings={model.max_position_embeddings} is not more than the "
+            f"{scaling.original_max_position_embeddings} that YaRN extends: leave YaRN out"
+        )
     return model
 
 
@@ -109,17 +117,35 @@ def check_countable(model: ModelConfig) -> None:
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
     """``rope_theta`` and ``rope_scaling``, which transformers 5 writes together as ``rope_parameters``."""
-    found = _section(values, "rope_parameters") or _section(values, "rope_scaling")
-    method = found.get("rope_type", found.get("type", "default"))
+    section = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    found = _section(values, section)
+    method = found.get(
+        "rope_type", found.get("type", "default" if not found.keys() - {"rope_theta"} else None)
+    )
     theta = found.get("rope_theta", values.get("rope_theta", ModelConfig.rope_theta))
     if method == "yarn":
-        fields = {field.name for field in dataclasses.fields(RopeScaling)}
-        scaling = RopeScaling(**{name: found[name] for name in fields & found.keys()})
+        scaling = _yarn(found, section)
     elif method == "default":
         scaling = RopeScaling(factor=1.0, original_max_position_embeddings=values["max_position_embeddings"])
     else:
-        raise ConfigError(f"rope type {method!r} is not one of default, yarn")
+        raise ConfigError(f"{section}.type={method!r} is not one of default, yarn")
     return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _yarn(found: dict[str, Any], section: str) -> RopeScaling:
+    if missing := [name for name in _NEEDED_YARN if name not in found]:
+        raise ConfigError(f"{section}.{missing[0]} is missing")
+    fields = {field.name for field in dataclasses.fields(RopeScaling)}
+    if unknown := sorted(found.keys() - fields - _FIXED_YARN.keys() - {"type", "rope_type", "rope_theta"}):
+        raise ConfigError(f"{section}.{unknown[0]} is not known here")
+    _check_fixed(found, _FIXED_YARN, f"{section}.")
+    return RopeScaling(**{name: found[name] for name in fields & found.keys()})
+
+
+def _check_fixed(values: dict[str, Any], fixed: dict[str, Any], prefix: str = "") -> None:
+    for name, only in fixed.items():
+        if values.get(name, only) != only:
+            raise ConfigError(f"{prefix}{name}={values[name]!r} is not supported: only {only!r}")
 
 
 def _is_fp8(values: dict[str, Any]) -> bool:
@@ -165,7 +191,7 @@ def with_new_indexer(config: HfConfig, like: ModelConfig | None = None) -> HfCon
 
 def difference(model: ModelConfig, other: ModelConfig) -> tuple[str, Any, Any] | None:
     """The first field, with both values, in which the two are not the same function of their weights."""
-    free = _OURS - {"rope_theta", "rope_scaling"}
+    free = set(_HOW)
     if not model.has_indexer and not other.has_indexer:
         free |= _INDEXER - {"index_topk"}
     if not model.uses_yarn and not other.uses_yarn:
@@ -185,7 +211,7 @@ def difference(model: ModelConfig, other: ModelConfig) -> tuple[str, Any, Any] |
 def config_values(model: ModelConfig, *, is_fp8: bool, dtype: str, base: dict[str, Any]) -> dict[str, Any]:
     """``config.json`` of ``model``, over what ``base`` says of things that are not ours."""
     family = "DeepseekV32" if model.has_indexer else "DeepseekV3"
-    left_out = _OURS if model.has_indexer else _OURS | _INDEXER
+    left_out = _HOW | _ROPE if model.has_indexer else _HOW | _ROPE | _INDEXER
     names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in left_out]
     values = base | _FIXED | {name: getattr(model, name) for name in names}
     values["architectures"] = [f"{family}ForCausalLM"]

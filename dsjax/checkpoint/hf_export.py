@@ -19,6 +19,7 @@ from dsjax.checkpoint.array_files import (
     write_error,
 )
 from dsjax.checkpoint.companions import release_companions
+from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.fp8_arrays import quantised
 from dsjax.checkpoint.hf_config import config_values, quantization_config
 from dsjax.checkpoint.hf_names import SCALE_SUFFIX, CheckpointTensor, checkpoint_tensors
@@ -26,14 +27,13 @@ from dsjax.checkpoint.model_folder import ModelFolder, open_model_folder
 from dsjax.checkpoint.safetensors_files import (
     DTYPES,
     INDEX,
-    CheckpointError,
     encoded_header,
     item_bytes,
     read_pieces,
     read_region,
 )
 from dsjax.checkpoint.stacked import CONVERTED_ELEMENTS, pieces_of_rows, stacked_arrays
-from dsjax.checkpoint.staging import staged, warn_if_scarce
+from dsjax.checkpoint.staging import digest, staged, warn_if_scarce
 from dsjax.checkpoint.weight_dtype import FP8, WeightDtype
 from dsjax.checkpoint.workers import Job, run_all
 from dsjax.observe.transfer import Transfer
@@ -53,9 +53,12 @@ def export_checkpoint(
     folder = open_model_folder(source)
     weights = _Weights(folder, dtype)
     shards = _shards(weights, shard_bytes)
-    order = {"source": str(folder.step.resolve()), "dtype": dtype, "shard_bytes": shard_bytes}
+    order = {"source": str(folder.path.resolve()), "dtype": dtype, "shard_bytes": shard_bytes}
     made = (folder.step / "state" / "_METADATA").stat()
-    order["files"] = f"{made.st_mtime_ns} {made.st_ino}"
+    order["files"] = f"step {folder.step.name}, {made.st_mtime_ns} {made.st_ino}"
+    order["plan"] = digest([shard.header for shard in shards])
+    if (folder.path / "checkpoints").resolve() in target.resolve().parents:
+        raise CheckpointError(f"{target} lies among the checkpoints of {folder.path}: name another folder")
     with staged(target, order) as partial:
         values = config_values(
             folder.model, is_fp8=weights.is_fp8, dtype=weights.torch_dtype, base=folder.hf_values

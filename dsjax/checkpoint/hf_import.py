@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from dsjax.checkpoint.stacked import (
     pieces_of_rows,
     stacked_arrays,
 )
-from dsjax.checkpoint.staging import staged, warn_if_scarce
+from dsjax.checkpoint.staging import digest, staged, warn_if_scarce
 from dsjax.checkpoint.weight_dtype import FP8, WeightDtype
 from dsjax.checkpoint.workers import Job, run_all
 from dsjax.observe.transfer import Transfer
@@ -49,11 +48,11 @@ def import_checkpoint(
     if new_indexer:
         checkpoint = checkpoint._replace(config=with_new_indexer(checkpoint.config))
     order = {"source": str(source.resolve()), "dtype": dtype, "new_indexer": new_indexer}
-    order["files"] = _fingerprint(checkpoint)
+    plan = _plan(checkpoint, dtype)
+    order |= {"files": _fingerprint(checkpoint), "plan": digest([planned.specs() for planned in plan])}
     with staged(target, order) as folder:
         keep_companions(source, folder / HF, checkpoint.config.values)
         step = folder / "checkpoints" / "0"
-        plan = _plan(checkpoint, dtype)
         create_checkpoint(step, {name: spec for planned in plan for name, spec in planned.specs().items()})
         total = sum(math.prod(planned.array.shape) * np.dtype(planned.dtype).itemsize for planned in plan)
         warn_if_scarce(folder, total)
@@ -181,4 +180,4 @@ def _fingerprint(checkpoint: HfCheckpoint) -> str:
     """Changes when a file of the checkpoint does."""
     files: dict[Path, StoredTensor] = {tensor.file: tensor for tensor in checkpoint.stored.values()}
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
-    return f"{zlib.crc32(repr(stats).encode()):08x}"
+    return digest(stats)

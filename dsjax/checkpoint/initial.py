@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsjax.checkpoint.companions import keep_companions, keep_companions_of_ours
+from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.hf_checkpoint import HfCheckpoint, open_sound_checkpoint
 from dsjax.checkpoint.hf_config import difference, with_new_indexer
 from dsjax.checkpoint.hf_load import load_arrays
 from dsjax.checkpoint.model_folder import HF, ModelFolder, open_model_folder
-from dsjax.checkpoint.safetensors_files import CheckpointError
 from dsjax.checkpoint.store import CheckpointStore, from_named_leaves, named_leaves, placed
 from dsjax.config import ConfigError, ModelConfig, RunConfig
 from dsjax.config.fields import spell

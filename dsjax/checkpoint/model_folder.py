@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.hf_config import check_countable, read_config
-from dsjax.checkpoint.safetensors_files import CheckpointError
 from dsjax.checkpoint.store import CheckpointStore
 from dsjax.config import ModelConfig, model_from_dict
 

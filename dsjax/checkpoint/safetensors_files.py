@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.checkpoint.errors import CheckpointError
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -40,10 +42,6 @@ _ITEM_BYTES |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL
 # Of the dtypes of weights, their names in numpy; jax adds those that numpy lacks.
 DTYPES = {"F8_E4M3": jnp.float8_e4m3fn, "BF16": jnp.bfloat16, "F32": jnp.float32}
 DTYPES = {theirs: np.dtype(ours).name for theirs, ours in DTYPES.items()}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written: one sentence with the file, the tensor and the way out."""
 
 
 class StoredTensor(NamedTuple):

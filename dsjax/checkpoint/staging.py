@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from dsjax.checkpoint.array_files import write_error
-from dsjax.checkpoint.safetensors_files import CheckpointError
+from dsjax.checkpoint.errors import CheckpointError
 
 _ORDER = "conversion.json"  # what the work was, as long as it is not done
 
@@ -21,7 +22,8 @@ _ORDER = "conversion.json"  # what the work was, as long as it is not done
 def staged(target: Path, order: dict[str, Any]) -> Iterator[Path]:
     """``TARGET.partial``, which becomes ``target`` when the block ends; after an interruption the next call goes on.
 
-    ``order`` is JSON that says what is being made. Raises CheckpointError where the target exists, where another
+    ``order`` is JSON that says what is being made: what was asked for, and digests of the ``files`` it is made from and
+    of the ``plan`` by which. Raises CheckpointError where the target exists, where another
     process is at it, or where the interrupted work was of another order.
     """
     if os.path.lexists(target):
@@ -66,14 +68,19 @@ def _claim(folder: Path, order: dict[str, Any]) -> None:
     if begun == order:
         return
     changed = [name for name in sorted(order.keys() | begun.keys()) if begun.get(name) != order.get(name)]
-    if changed == ["files"]:
-        raise CheckpointError(
-            f"the files of {order['source']} changed since {folder} was begun: delete that folder"
-        )
+    asked = [name for name in changed if name not in ("files", "plan")]
+    if not asked:
+        what = f"the files of {order['source']}" if "files" in changed else "this program"
+        raise CheckpointError(f"{what} changed since {folder} was begun: delete that folder")
     raise CheckpointError(
-        f"{folder} was begun with {changed[0]} {begun.get(changed[0])}, not {order.get(changed[0])}: run the former "
+        f"{folder} was begun with {asked[0]} {begun.get(asked[0])}, not {order.get(asked[0])}: run the former "
         "command again, or delete the folder"
     )
+
+
+def digest(value: Any) -> str:
+    """Of what is being made, to be told from anything else; by its ``repr``."""
+    return f"{zlib.crc32(repr(value).encode()):08x}"
 
 
 def warn_if_scarce(folder: Path, needed_bytes: int) -> None:

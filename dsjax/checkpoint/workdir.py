@@ -67,6 +67,11 @@ def changes_since(config: RunConfig, workdir: Path) -> list[str]:
     """How ``config`` differs from the ``config.json`` there; raises as ``claim`` does, and writes nothing."""
     path = workdir / "config.json"
     if not path.exists():
+        if has_checkpoint(workdir):
+            raise ConfigError(
+                f"--workdir={workdir} holds weights and no run: begin one from them with "
+                f"--config.init.checkpoint={workdir} and another --workdir"
+            )
         return []
     before, after, changes = _flat(_read(path)), _flat(to_dict(config)), []
     for name in after:

@@ -29,7 +29,7 @@ class RopeScaling(Freezable):
 
     def check(self) -> None:
         """Raises ConfigError where no rotary embedding follows from the values."""
-        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.rope_scaling.{name}={getattr(self, name)} must be positive")
         if self.beta_fast <= self.beta_slow:
@@ -63,7 +63,7 @@ class ModelConfig(Freezable):
     num_nextn_predict_layers: int = 1
     # Tokens. The longest context; beyond rope_scaling.original_max_position_embeddings it turns YaRN on.
     max_position_embeddings: int = 163840
-    # Added to the mean square in every RMSNorm.
+    # Added to the mean square in every RMSNorm but those of the latents, where it is 1e-6 as in the released code.
     rms_norm_eps: float = 1e-6
     # Standard deviation of the initial weights.
     initializer_range: float = 0.006

@@ -22,6 +22,8 @@ from pallas_kernels.sparse_mla.api import sparse_mla
 from pallas_kernels.topk.api import topk_indices, topk_mask
 from pallas_kernels.visibility import Visibility
 
+_LATENT_EPS = 1e-6  # whatever rms_norm_eps is. Source: the released code and transformers
+
 
 class Latents(NamedTuple):
     """What attention keeps of a token: the whole cache of a layer. ``index_key`` is None without an indexer."""
@@ -65,14 +67,14 @@ class MultiHeadLatentAttention(nnx.Module):
             return Linear(shape, axes, std=std, param_dtype=dtype, rngs=rngs, contract=contract)
 
         self.q_a_proj = linear((config.hidden_size, config.q_lora_rank), ("embed", "q_lora"))
-        self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=config.rms_norm_eps, axis="q_lora")
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=_LATENT_EPS, axis="q_lora")
         self.q_b_proj = linear(
             (config.q_lora_rank, heads, config.qk_head_dim), ("q_lora", "heads", "head_dim")
         )
         self.kv_a_proj_with_mqa = linear(
             (config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim), ("embed", "kv_lora")
         )
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=config.rms_norm_eps, axis="kv_lora")
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=_LATENT_EPS, axis="kv_lora")
         self.kv_b_proj = linear(
             (config.kv_lora_rank, heads, config.qk_nope_head_dim + config.v_head_dim),
             ("kv_lora", "heads", "head_dim"),

@@ -6,8 +6,8 @@ import json
 import pytest
 from replica import V32_CONFIG as RELEASED
 
+from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.hf_config import read_config
-from dsjax.checkpoint.safetensors_files import CheckpointError
 from dsjax.config import ModelConfig, presets
 
 

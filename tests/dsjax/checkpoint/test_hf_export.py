@@ -14,11 +14,11 @@ from replica import SMALL_CONFIG, SMALL_CONFIG_V3, all_stored_arrays, dequantise
 from small_model import random_model
 
 from dsjax.checkpoint import hf_export, stacked
+from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.hf_checkpoint import open_sound_checkpoint
 from dsjax.checkpoint.hf_config import read_config
 from dsjax.checkpoint.hf_export import export_checkpoint
 from dsjax.checkpoint.hf_import import import_checkpoint
-from dsjax.checkpoint.safetensors_files import CheckpointError
 from dsjax.checkpoint.store import CheckpointStore, named_leaves
 from dsjax.checkpoint.workdir import claim
 from dsjax.config import RunConfig

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dsjax.checkpoint.safetensors_files import INDEX, CheckpointError, read_directory, read_header
+from dsjax.checkpoint.errors import CheckpointError
+from dsjax.checkpoint.safetensors_files import INDEX, read_directory, read_header
 
 
 def write(path: Path, header: object, data: bytes = b"") -> Path:
