@@ -2,7 +2,7 @@
 
     python train.py --config=configs/tiny.py --workdir=/tmp/run1
 
-Hardware: two CPU cores. Time: three to four minutes. Result: 1.9 bits per byte on held-out text, 4.0 untrained.
+Hardware: two CPU cores. Time: about three minutes. Result: 1.8 bits per byte on held-out text, 4.0 untrained.
 """
 
 from dsjax.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, TrainConfig, presets

@@ -1,7 +1,9 @@
 """What lies beside the weights of a released checkpoint and stays with the model: configuration, tokenizer, chat."""
 
 import ast
+import errno
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,16 @@ def _kept(folder: Path) -> dict[str, bytes]:
     contents = {path.name: _read(path) for path in sorted((folder / HF).glob("*")) if not path.is_dir()}
     trained = folder / "data" / "tokenizer.json"
     if trained.exists() and contents.get("tokenizer.json") != _read(trained):
+        for pattern in _PATTERNS:  # of the other tokenizer
+            contents = {name: content for name, content in contents.items() if not fnmatch(name, pattern)}
         contents |= {"tokenizer.json": _read(trained), "tokenizer_config.json": _encoded(_TOKENIZER_CONFIG)}
     return contents
 
 
 def _read(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # reading from a pipe would wait for ever
+            raise OSError(errno.EINVAL, "it is no file")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(

@@ -14,8 +14,8 @@ from dsjax.models.indexer import LightningIndexer
 
 def fresh_indexer_tensor(config: ModelConfig, tensor: CheckpointTensor) -> np.ndarray:
     """The initial values of a tensor of a layer's indexer, as it would lie in a checkpoint; always the same ones."""
-    layer, name = tensor.name.split(".self_attn.indexer.")
-    indexer = _initial_indexer(config, zlib.crc32(layer.encode()))
+    stack, name = tensor.path.split(".self_attn.indexer.")
+    indexer = _initial_indexer(config, zlib.crc32(f"{stack}{tensor.place}".encode()))
     variable: Any = functools.reduce(getattr, name.split("."), indexer)
     values = np.asarray(variable[...])
     return values.transpose(tensor.order).reshape(tensor.shape)

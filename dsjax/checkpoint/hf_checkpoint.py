@@ -9,7 +9,14 @@ import numpy as np
 
 from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.hf_config import HfConfig, read_config, without_mtp
-from dsjax.checkpoint.hf_names import SCALE_SUFFIX, CheckpointTensor, checkpoint_tensors
+from dsjax.checkpoint.hf_names import (
+    EMBEDDING,
+    SCALE_SUFFIX,
+    CheckpointTensor,
+    checkpoint_tensors,
+    is_derived,
+    mtp_prefix,
+)
 from dsjax.checkpoint.safetensors_files import DTYPES, StoredTensor, read_directory, read_pieces, read_region
 from dsjax.checkpoint.stacked import StackedArray
 from dsjax.precision.block_scales import BLOCK
@@ -22,6 +29,7 @@ class HfCheckpoint(NamedTuple):
 
     config: HfConfig
     stored: dict[str, StoredTensor]
+    lacks_mtp: bool = False  # promised by config.json, and none of it is there: taken as a model without
 
     @property
     def directory(self) -> Path:
@@ -34,11 +42,12 @@ class HfCheckpoint(NamedTuple):
             if self.config.is_fp8 or not tensor.scale_of:
                 yield tensor
 
-    def dtype_of(self, array: StackedArray) -> str | None:
-        """That of its tensors here, float32 where they differ; None where there are none: a new indexer's."""
-        stored = (self.stored.get(tensor.name) for tensor in array.tensors.values())
-        found = {DTYPES[tensor.dtype] for tensor in stored if tensor}
-        return (found.pop() if len(found) == 1 else "float32") if found else None
+    def dtype_of(self, array: StackedArray) -> str:
+        """That of its tensors here, float32 where they differ. A new indexer is like the rest of the checkpoint."""
+        stored = [self.stored.get(tensor.name) for tensor in array.tensors.values()]
+        new = array.tensor.dtype if self.config.is_fp8 else self.stored[EMBEDDING].dtype
+        found = {DTYPES[tensor.dtype if tensor else new] for tensor in stored}
+        return found.pop() if len(found) == 1 else "float32"
 
     def scales(self, tensor: CheckpointTensor, rows: slice) -> np.ndarray:
         """The scales of some rows of an FP8 matrix, from a whole block on. Raises CheckpointError for a bad one."""
@@ -58,10 +67,11 @@ def open_checkpoint(directory: Path) -> HfCheckpoint:
     if not os.path.isdir(directory):  # Path.is_dir raises for names that are too long
         raise CheckpointError(f"{directory} is not a directory: name the one that holds config.json")
     config, stored = read_config(directory), read_directory(directory)
-    mtp = f"model.layers.{config.model.num_hidden_layers}."
-    if not config.is_fp8 and not any(name.startswith(mtp) for name in stored):
-        # transformers saves no multi-token-prediction layer, whatever its configuration says.
-        config = without_mtp(config)
+    mtp = mtp_prefix(config.model)
+    if not any(name.startswith(mtp) for name in stored):
+        # transformers and others save no multi-token prediction, whatever the configuration says.
+        promised = config.model.num_nextn_predict_layers > 0
+        return HfCheckpoint(without_mtp(config), stored, promised)
     return HfCheckpoint(config, stored)
 
 
@@ -76,11 +86,12 @@ def problems(checkpoint: HfCheckpoint) -> Iterator[str]:
             continue
         if stored.shape != tensor.shape:
             yield f"{stored.file}: tensor {tensor.name} has shape {stored.shape}, expected {tensor.shape}"
-        # Checkpoints that are not FP8 are written by many tools, in one precision throughout.
-        allowed = (tensor.dtype,) if checkpoint.config.is_fp8 else ("BF16", "F32")
+        # What is not FP8 is written by many tools, in one precision throughout; but BF16 spoils router biases.
+        exact = tensor.dtype == "F8_E4M3" or tensor.scale_of or tensor.name.endswith("_bias")
+        allowed = (tensor.dtype,) if checkpoint.config.is_fp8 and exact else ("BF16", "F32")
         if stored.dtype not in allowed:
             yield f"{stored.file}: tensor {tensor.name} is {stored.dtype}, expected {' or '.join(allowed)}"
-    for name in checkpoint.stored.keys() - found:
+    for name in sorted(name for name in checkpoint.stored.keys() - found if not is_derived(name)):
         yield f"{checkpoint.stored[name].file}: tensor {name} is not part of the model"
 
 

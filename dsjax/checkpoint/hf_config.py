@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +61,8 @@ class HfConfig(NamedTuple):
 def read_config(directory: Path) -> HfConfig:
     """Reads ``config.json``. Raises CheckpointError where it is missing, incomplete or of another architecture."""
     path = directory / "config.json"
+    if path.exists() and not path.is_file():  # reading from a pipe would wait for ever
+        raise CheckpointError(f"{path} is no file")
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
@@ -189,8 +192,8 @@ def with_new_indexer(config: HfConfig, like: ModelConfig | None = None) -> HfCon
     return _understood(config.path, config.values | family | sizes)
 
 
-def difference(model: ModelConfig, other: ModelConfig) -> tuple[str, Any, Any] | None:
-    """The first field, with both values, in which the two are not the same function of their weights."""
+def differences(model: ModelConfig, other: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The fields, with both values, in which the two are not the same function of their weights."""
     free = set(_HOW)
     if not model.has_indexer and not other.has_indexer:
         free |= _INDEXER - {"index_topk"}
@@ -201,11 +204,12 @@ def difference(model: ModelConfig, other: ModelConfig) -> tuple[str, Any, Any] |
         if field.name in free or values[0] == values[1]:
             continue
         if field.name == "rope_scaling":
-            parts = [field.name for field in dataclasses.fields(RopeScaling)]
-            part = next(part for part in parts if getattr(values[0], part) != getattr(values[1], part))
-            return f"rope_scaling.{part}", getattr(values[0], part), getattr(values[1], part)
-        return field.name, *values
-    return None
+            for part in dataclasses.fields(RopeScaling):
+                one, another = (getattr(value, part.name) for value in values)
+                if one != another:
+                    yield f"rope_scaling.{part.name}", one, another
+        else:
+            yield field.name, *values
 
 
 def config_values(model: ModelConfig, *, is_fp8: bool, dtype: str, base: dict[str, Any]) -> dict[str, Any]:

@@ -10,19 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsjax.checkpoint.array_files import (
-    array_names,
-    is_written,
-    open_arrays,
-    plain_array,
-    write_all,
-    write_error,
-)
+from dsjax.checkpoint.array_files import is_written, write_all, write_error
 from dsjax.checkpoint.companions import release_companions
 from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.fp8_arrays import quantised
 from dsjax.checkpoint.hf_config import config_values, quantization_config
-from dsjax.checkpoint.hf_names import SCALE_SUFFIX, CheckpointTensor, checkpoint_tensors
+from dsjax.checkpoint.hf_names import SCALE_SUFFIX, CheckpointTensor
 from dsjax.checkpoint.model_folder import ModelFolder, open_model_folder
 from dsjax.checkpoint.safetensors_files import (
     DTYPES,
@@ -32,8 +25,9 @@ from dsjax.checkpoint.safetensors_files import (
     read_pieces,
     read_region,
 )
-from dsjax.checkpoint.stacked import CONVERTED_ELEMENTS, pieces_of_rows, stacked_arrays
+from dsjax.checkpoint.stacked import pieces_of_rows
 from dsjax.checkpoint.staging import digest, staged, warn_if_scarce
+from dsjax.checkpoint.stored_arrays import StoredModel
 from dsjax.checkpoint.weight_dtype import FP8, WeightDtype
 from dsjax.checkpoint.workers import Job, run_all
 from dsjax.observe.transfer import Transfer
@@ -85,44 +79,19 @@ class _Weights:
     """The arrays of the checkpoint, read a few rows of a tensor at a time as the checkpoint of the release has them."""
 
     def __init__(self, folder: ModelFolder, dtype: WeightDtype | None):
-        self.step = folder.step
+        self.stored = StoredModel(folder.step, folder.model)
         self.power_of_two = quantization_config(folder.model, folder.hf_values)["scale_fmt"] == "ue8m0"
-        tensors = list(checkpoint_tensors(folder.model))
-        arrays = stacked_arrays(tensor for tensor in tensors if not tensor.scale_of)
-        found = array_names(folder.step)
-        names = [f"model.{path}" for path in arrays]
-        if missing := sorted(set(names) - found):
-            raise CheckpointError(
-                f"{folder.step} lacks array {missing[0]}: it is of another model than its config.json"
-            )
-        self.scaled = {name for name in names if name + SCALE_SUFFIX in found}
-        sizes = {f"model.{path}": math.prod(array.tensor.ours) for path, array in arrays.items()}
-        in_pieces = {name for name, size in sizes.items() if size > CONVERTED_ELEMENTS}
-        sizes |= dict.fromkeys(in_pieces | {name + SCALE_SUFFIX for name in self.scaled}, 1)
-        self.arrays = open_arrays(folder.step, sizes)
-        for path, array in arrays.items():
-            shape = self.arrays[f"model.{path}"].shape
-            if shape != array.shape:
-                raise CheckpointError(
-                    f"{folder.step} has {path} with shape {shape}, expected {array.shape}: it is of another model than "
-                    "its config.json"
-                )
-        self.plain = {
-            f"model.{path}": plain_array(folder.step, f"model.{path}", array)
-            for path, array in stacked_arrays(tensors).items()
-        }
-        self.dtype = dtype or self._as_they_are(arrays)
+        self.dtype = dtype or self._as_they_are()
         self.is_fp8 = self.dtype == "fp8"
         self.torch_dtype = "bfloat16" if self.is_fp8 else self.dtype
-        self.tensors = [tensor for tensor in tensors if self.is_fp8 or not tensor.scale_of]
+        self.tensors = [tensor for tensor in self.stored.tensors if self.is_fp8 or not tensor.scale_of]
 
-    def _as_they_are(self, arrays: dict[str, Any]) -> WeightDtype:
-        if self.scaled and all(
-            f"model.{path}" in self.scaled for path, array in arrays.items() if array.is_fp8
-        ):
+    def _as_they_are(self) -> WeightDtype:
+        arrays, scaled = self.stored.arrays, self.stored.scaled
+        if scaled and all(name in scaled for name, array in arrays.items() if array.is_fp8):
             return "fp8"
-        matrices = [f"model.{path}" for path, array in arrays.items() if len(array.tensor.shape) == 2]
-        found = {self.arrays[name].dtype.name for name in matrices}
+        matrices = [name for name, array in arrays.items() if len(array.tensor.shape) == 2]
+        found = {self.stored.handles[name].dtype.name for name in matrices}
         return "bfloat16" if found == {"bfloat16"} else "float32"
 
     def dtype_of(self, tensor: CheckpointTensor) -> str:
@@ -134,19 +103,19 @@ class _Weights:
     def pieces(self, tensor: CheckpointTensor) -> Iterator[np.ndarray]:
         """Its bytes in order; of a matrix that is quantised here, its scales' bytes follow."""
         name, dtype = f"model.{tensor.path}", DTYPES[self.dtype_of(tensor)]
-        if name not in self.arrays:  # scales of what is quantised here: written behind their matrix
+        if name not in self.stored.handles:  # scales of what is quantised here: written behind their matrix
             return
-        plain = self.plain[name]
+        plain = self.stored.plain[name]
         if plain and plain.dtype == dtype:
             for part in plain.parts(tensor):
                 yield from read_pieces(part, slice(0, part.shape[0]))
             return
         scales_here = []
         for rows, values in self._values(name, tensor):
-            if name in self.scaled and dtype != FP8:
+            if name in self.stored.scaled and dtype != FP8:
                 yield np.asarray(dequantise(values, self._scales(name, tensor, rows), dtype))
-            elif name not in self.scaled and dtype == FP8:
-                what = f"{self.step}: tensor {tensor.name}"
+            elif name not in self.stored.scaled and dtype == FP8:
+                what = f"{self.stored.step}: tensor {tensor.name}"
                 values, scales = quantised(values, power_of_two=self.power_of_two, what=what)
                 scales_here.append(scales)
                 yield values
@@ -156,7 +125,7 @@ class _Weights:
 
     def _values(self, name: str, tensor: CheckpointTensor) -> Iterator[tuple[slice, np.ndarray]]:
         """A tensor as the checkpoint of the release lays it out, some rows at a time."""
-        plain = self.plain[name]
+        plain = self.stored.plain[name]
         if plain:
             start = 0
             for part in plain.parts(tensor):
@@ -164,7 +133,7 @@ class _Weights:
                     yield slice(start + rows.start, start + rows.stop), read_region(part, rows)
                 start += part.shape[0]
             return
-        turned = self.arrays[name][tensor.place].transpose(list(tensor.order))
+        turned = self.stored.handles[name][tensor.place].transpose(list(tensor.order))
         inner = tensor.shape[0] // turned.shape[0]  # a head's width
         for rows in pieces_of_rows(slice(0, tensor.shape[0]), tensor.shape, inner):
             part = turned[rows.start // inner : rows.stop // inner]
@@ -172,7 +141,7 @@ class _Weights:
             yield rows, values.reshape(-1, *tensor.shape[1:])
 
     def _scales(self, name: str, tensor: CheckpointTensor, rows: slice) -> np.ndarray:
-        turned = self.arrays[name + SCALE_SUFFIX][tensor.place].transpose([1, 0])
+        turned = self.stored.handles[name + SCALE_SUFFIX][tensor.place].transpose([1, 0])
         part = turned[rows.start // BLOCK : -(-rows.stop // BLOCK)]
         return self._result(part.read(order="C"), name + SCALE_SUFFIX)
 
@@ -182,7 +151,7 @@ class _Weights:
         except ValueError as error:
             reason = str(error).split(": ")[0]
             raise CheckpointError(
-                f"{self.step}: array {name} is damaged ({reason}): make it again"
+                f"{self.stored.step}: array {name} is damaged ({reason}): make it again"
             ) from error
 
 

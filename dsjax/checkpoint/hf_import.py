@@ -112,9 +112,7 @@ def _dtype(array: StackedArray, checkpoint: HfCheckpoint, requested: WeightDtype
         return FP8 if array.tensor.dtype == "F8_E4M3" else "bfloat16"
     if requested:
         return requested
-    # A new indexer is like the rest of the checkpoint.
-    new = array.tensor.dtype if checkpoint.config.is_fp8 else checkpoint.stored["lm_head.weight"].dtype
-    return checkpoint.dtype_of(array) or DTYPES[new]
+    return checkpoint.dtype_of(array)
 
 
 class _Source:

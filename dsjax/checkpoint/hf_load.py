@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from dsjax.checkpoint.fp8_arrays import everywhere
+from dsjax.checkpoint.fp8_arrays import everywhere, quantised
 from dsjax.checkpoint.fresh_indexer import fresh_indexer_tensor
 from dsjax.checkpoint.hf_checkpoint import HfCheckpoint, check_copy, copies
 from dsjax.checkpoint.hf_names import CheckpointTensor
-from dsjax.checkpoint.safetensors_files import DTYPES, read_region
+from dsjax.checkpoint.safetensors_files import read_region
 from dsjax.checkpoint.stacked import StackedArray, stacked_arrays
+from dsjax.checkpoint.weight_dtype import FP8
 from dsjax.precision.block_scales import dequantise
 
 
@@ -37,8 +38,8 @@ def load_arrays(
 
 
 def _load(checkpoint: HfCheckpoint, array: StackedArray, wanted: jax.ShapeDtypeStruct) -> Array:
-    dtype = checkpoint.dtype_of(array) or "float32"
-    is_fp8 = dtype == DTYPES["F8_E4M3"]
+    dtype = checkpoint.dtype_of(array)
+    is_fp8 = dtype == FP8
     sharding: Any = wanted.sharding
     shape = tuple(array.shape[axis] for axis in array.order)
     read: Any = functools.partial(_read_shard, checkpoint, array, shape, dtype)
@@ -66,7 +67,14 @@ def _finish(array: StackedArray, values: Array, scales: Array | None, *, dtype: 
 def _scales(checkpoint: HfCheckpoint, array: StackedArray, sharding: Sharding) -> Array:
     """Of every matrix of the array, on every device."""
     rows = slice(0, array.tensor.shape[0])
-    scales = np.stack([checkpoint.scales(tensor, rows) for tensor in array.tensors.values()])
+    scales = np.stack(
+        [
+            checkpoint.scales(tensor, rows)
+            if tensor.name in checkpoint.stored
+            else _fresh(checkpoint, tensor, FP8)[1]
+            for tensor in array.tensors.values()
+        ]
+    )
     scales = scales.reshape(*array.lead, *scales.shape[1:])
     return jax.make_array_from_callback(scales.shape, everywhere(sharding), lambda index: scales[index])
 
@@ -85,12 +93,12 @@ def _read_shard(
     for numbers, place in zip(
         itertools.product(*(range(len(part)) for part in lead)), itertools.product(*lead), strict=True
     ):
-        out[numbers] = _read_part(checkpoint, array.tensors[place], shape[len(lead) :], own)
+        out[numbers] = _read_part(checkpoint, array.tensors[place], shape[len(lead) :], own, dtype)
     return out
 
 
 def _read_part(
-    checkpoint: HfCheckpoint, tensor: CheckpointTensor, shape: tuple[int, ...], part: list[range]
+    checkpoint: HfCheckpoint, tensor: CheckpointTensor, shape: tuple[int, ...], part: list[range], dtype: str
 ) -> np.ndarray:
     """Of one tensor, whose two axes may be split in ``shape``, into heads for example.
 
@@ -98,7 +106,7 @@ def _read_part(
     """
     stored = checkpoint.stored.get(tensor.name)
     if stored is None:
-        whole = fresh_indexer_tensor(checkpoint.config.model, tensor).reshape(shape)
+        whole = _fresh(checkpoint, tensor, dtype)[0].reshape(shape)
         return whole[tuple(slice(each.start, each.stop) for each in part)]
     if len(tensor.shape) == 1:
         return read_region(stored, slice(part[0].start, part[0].stop))
@@ -112,6 +120,15 @@ def _read_part(
     rest = [slice(each.start, each.stop) for each in part]
     rest[0] = rest[first_column] = slice(None)
     return region.reshape(read_shape)[tuple(rest)]
+
+
+def _fresh(checkpoint: HfCheckpoint, tensor: CheckpointTensor, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of a new indexer, as an import stores it: values, and scales if they are FP8."""
+    values = fresh_indexer_tensor(checkpoint.config.model, tensor)
+    if dtype != FP8:
+        return values.astype(dtype), np.empty(0)
+    power_of_two = checkpoint.config.has_power_of_two_scales
+    return quantised(values, power_of_two=power_of_two, what=f"new indexer: tensor {tensor.name}")
 
 
 def _flat(part: range, inner: int) -> slice:

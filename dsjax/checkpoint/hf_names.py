@@ -16,6 +16,7 @@ from dsjax.precision.block_scales import BLOCK
 
 Dtype = Literal["F8_E4M3", "BF16", "F32"]
 SCALE_SUFFIX = "_scale_inv"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 class CheckpointTensor(NamedTuple):
@@ -48,7 +49,7 @@ class _Part(NamedTuple):
 
 def checkpoint_tensors(config: ModelConfig) -> Iterator[CheckpointTensor]:
     """Every tensor of the checkpoint of ``config``, layer by layer, each FP8 matrix followed by its scales."""
-    yield _embedding("model.embed_tokens.weight", config)
+    yield _embedding(EMBEDDING, config)
     dense = config.first_k_dense_replace
     for number in range(config.num_hidden_layers):
         stack, first = ("dense_layers", 0) if number < dense else ("moe_layers", dense)
@@ -59,15 +60,25 @@ def checkpoint_tensors(config: ModelConfig) -> Iterator[CheckpointTensor]:
     yield from _tensors(_head("lm_head.weight", config), "lm_head.weight")
 
 
+def mtp_prefix(config: ModelConfig) -> str:
+    """What the names of all tensors of multi-token prediction begin with: a layer after the last."""
+    return f"model.layers.{config.num_hidden_layers}."
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor that some tools save follows from the configuration and is not needed."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
 def _mtp(config: ModelConfig) -> Iterator[CheckpointTensor]:
     number, hidden = config.num_hidden_layers, config.hidden_size
-    prefix, norm = f"model.layers.{number}.", _norm_dtype(config)
+    prefix, norm = mtp_prefix(config), _norm_dtype(config)
     yield from _layer(config, number, "mtp.layer", (), sparse=True)
     for theirs, ours in (("enorm", "enorm"), ("hnorm", "hnorm"), ("shared_head.norm", "norm")):
         yield from _tensors(_Part(f"{prefix}{theirs}.weight", (hidden,), norm), f"mtp.{ours}.weight")
     yield from _tensors(_Part(f"{prefix}eh_proj.weight", (hidden, 2 * hidden), "BF16"), "mtp.eh_proj.weight")
     embedding = _embedding(f"{prefix}embed_tokens.weight", config)
-    yield embedding._replace(copy_of="model.embed_tokens.weight")
+    yield embedding._replace(copy_of=EMBEDDING)
     (head,) = _tensors(_head(f"{prefix}shared_head.head.weight", config), "lm_head.weight")
     yield head._replace(copy_of="lm_head.weight")
 

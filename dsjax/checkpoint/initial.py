@@ -1,18 +1,29 @@
 """The weights, and the tokenizer, that a run begins with."""
 
 import contextlib
-import filecmp
+import json
+import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+import jax
 
 from dsjax.checkpoint.companions import keep_companions, keep_companions_of_ours
 from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.hf_checkpoint import HfCheckpoint, open_sound_checkpoint
-from dsjax.checkpoint.hf_config import difference, with_new_indexer
+from dsjax.checkpoint.hf_config import differences, with_new_indexer
 from dsjax.checkpoint.hf_load import load_arrays
 from dsjax.checkpoint.model_folder import HF, ModelFolder, open_model_folder
-from dsjax.checkpoint.store import CheckpointStore, from_named_leaves, named_leaves, placed
+from dsjax.checkpoint.store import (
+    CheckpointStore,
+    DamagedError,
+    from_named_leaves,
+    named_leaves,
+    placed,
+)
+from dsjax.checkpoint.stored_arrays import StoredModel
 from dsjax.config import ConfigError, ModelConfig, RunConfig
 from dsjax.config.fields import spell
 from dsjax.models.transformer import Transformer
@@ -49,9 +60,12 @@ def initial_model(config: RunConfig, initial: Initial, target: Transformer) -> T
         if isinstance(initial, HfCheckpoint):
             return from_named_leaves(target, dict(load_arrays(initial, placed(named_leaves(target)))))
         store = CheckpointStore(initial.path, keep=None)
-        model = store.restore_part(int(initial.step.name), target, prefix="model")
-        store.close()
-        return model
+        try:
+            return store.restore_part(int(initial.step.name), target, prefix="model")
+        except DamagedError as error:
+            raise CheckpointError(f"{error.what}: make it again, or begin with another") from error
+        finally:
+            store.close()
 
 
 @contextlib.contextmanager
@@ -59,7 +73,7 @@ def _named(config: RunConfig) -> Iterator[None]:
     """Errors begin with the field that names the weights."""
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise ConfigError(f"init.{'hf' if config.init.hf else 'checkpoint'}: {error}") from error
 
 
@@ -74,13 +88,18 @@ def _opened(config: RunConfig) -> Initial | None:
     if init.checkpoint:
         folder = open_model_folder(Path(init.checkpoint).expanduser())
         _check_same_model(config.model, folder.model, folder.path)
+        if jax.process_index() == 0:
+            StoredModel(folder.step, folder.model)  # finds what is missing before the text is prepared
         return folder
     return None
 
 
 def _keep(opened: Initial | None, workdir: Path) -> None:
-    """Several processes may do so at a time: the folder appears whole, and the first one's serves all."""
-    kept = workdir / HF
+    """Several processes may do so at a time: the folder appears whole, and the first one's serves all.
+
+    What an earlier start kept is replaced, and nothing that was not kept by one.
+    """
+    kept, record = workdir / HF, workdir / ".hf.json"
     with tempfile.TemporaryDirectory(prefix=".hf-", dir=workdir) as temporary:
         made = Path(temporary) / HF
         made.mkdir()
@@ -88,29 +107,37 @@ def _keep(opened: Initial | None, workdir: Path) -> None:
             keep_companions(opened.directory, made, opened.config.values)
         elif opened:
             keep_companions_of_ours(opened, made)
-        if any(made.iterdir()) and not kept.exists():
-            with contextlib.suppress(OSError):  # another process was first
+        digests = _digests(made)
+        if kept.exists() and not _holds(kept, digests):
+            if not record.exists() or not _holds(kept, json.loads(record.read_text())):
+                raise ConfigError(
+                    f"{kept} is where a run keeps what came with its first weights, and holds something else: use "
+                    f"another --workdir, or move it and {workdir / 'data'} away"
+                )
+            shutil.rmtree(kept)
+        if digests and not kept.exists():
+            record.write_text(json.dumps(digests))
+            try:
                 made.rename(kept)
-                return
-        if kept.exists() and not _same_files(made, kept):
-            raise ConfigError(
-                f"{kept} is where a run keeps what came with its first weights, and holds something else: use another "
-                f"--workdir, or move it and {workdir / 'data'} away"
-            )
+            except OSError:
+                if not kept.exists():  # otherwise another process was first
+                    raise
 
 
-def _same_files(folder: Path, other: Path) -> bool:
-    names = sorted(path.name for path in folder.iterdir())
-    if names != sorted(path.name for path in other.iterdir()):
-        return False
-    return not any(filecmp.cmpfiles(folder, other, names, shallow=False)[1:])
+def _holds(folder: Path, digests: dict[str, int]) -> bool:
+    """Whether it holds these files and no others; looks at names first, since it may be anything."""
+    return sorted(path.name for path in folder.iterdir()) == sorted(digests) and _digests(folder) == digests
+
+
+def _digests(folder: Path) -> dict[str, int]:
+    return {path.name: zlib.crc32(path.read_bytes()) for path in folder.iterdir() if path.is_file()}
 
 
 def _check_same_model(ours: ModelConfig, theirs: ModelConfig, path: Path) -> None:
-    found = difference(ours, theirs)
+    found = list(differences(ours, theirs))
     if found:
-        name, mine, other = found[0], *map(spell, found[1:])
+        name, mine, other = found[0]
+        flags = " ".join(f"--config.model.{name}={spell(value)}" for name, _, value in found)
         raise ConfigError(
-            f"model.{name}={mine} differs from the {other} of {path}: use --config.model.{name}={other}, or a "
-            "configuration of that model"
+            f"model.{name}={spell(mine)} differs from the {spell(other)} of {path}: for that model use {flags}"
         )

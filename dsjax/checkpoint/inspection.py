@@ -40,6 +40,11 @@ class _Row:
 def report(checkpoint: HfCheckpoint, console: Console) -> bool:
     """Prints the table and every problem; whether there is none."""
     console.print(_table(checkpoint))
+    if checkpoint.lacks_mtp:
+        console.print(
+            "config.json promises multi-token prediction and no file holds any: read as a model without it",
+            soft_wrap=True,
+        )
     found = list(problems(checkpoint))
     for problem in found:
         console.print(problem, markup=False, highlight=False, soft_wrap=True)

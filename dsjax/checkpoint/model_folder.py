@@ -28,9 +28,12 @@ def open_model_folder(path: Path) -> ModelFolder:
         raise CheckpointError(
             f"{path} holds no checkpoints: name a folder of `convert import` or a --workdir of train.py"
         )
-    store = CheckpointStore(path, keep=None)
-    step = store.latest_step
-    store.close()
+    try:
+        store = CheckpointStore(path, keep=None)
+        step = store.latest_step
+        store.close()
+    except OSError as error:
+        raise CheckpointError(f"{path / 'checkpoints'} cannot be read: {error.strerror}") from error
     if step is None:
         raise CheckpointError(f"{path / 'checkpoints'} holds no finished checkpoint")
     came = read_config(path / HF) if (path / HF / "config.json").exists() else None

@@ -68,6 +68,14 @@ def has_checkpoint(workdir: Path) -> bool:
     return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
+class DamagedError(ConfigError):
+    """A checkpoint that cannot be read: ``what`` it is, and the way out for the run that wrote it."""
+
+    def __init__(self, what: str, way_out: str):
+        super().__init__(f"{what}: {way_out}")
+        self.what = what
+
+
 class CheckpointStore:
     """The checkpoints of a run in ``WORKDIR/checkpoints``: the state and the place in the data, together.
 
@@ -138,9 +146,8 @@ class CheckpointStore:
             older = [int(path.name) for path in self.folder.glob("*") if path.name.isdigit()]
             older = [other for other in older if other < step]
             after = f"and the run goes on from step {max(older)}" if older else "and the run starts again"
-            raise ConfigError(
-                f"checkpoint {self.folder / str(step)} is damaged ({type(error).__name__}): move it away, {after}"
-            ) from error
+            what = f"checkpoint {self.folder / str(step)} is damaged ({type(error).__name__})"
+            raise DamagedError(what, f"move it away, {after}") from error
 
     def _saved_arrays(self, step: int) -> dict[str, Any]:
         logger = logging.getLogger("absl")

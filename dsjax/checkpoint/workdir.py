@@ -69,8 +69,8 @@ def changes_since(config: RunConfig, workdir: Path) -> list[str]:
     if not path.exists():
         if has_checkpoint(workdir):
             raise ConfigError(
-                f"--workdir={workdir} holds weights and no run: begin one from them with "
-                f"--config.init.checkpoint={workdir} and another --workdir"
+                f"--workdir={workdir} holds checkpoints and no config.json of a run: begin a run from imported weights "
+                f"with --config.init.checkpoint={workdir} and another --workdir, or put the file back"
             )
         return []
     before, after, changes = _flat(_read(path)), _flat(to_dict(config)), []

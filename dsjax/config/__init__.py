@@ -9,6 +9,7 @@ from dsjax.config.record import to_dict as to_dict
 from dsjax.config.run import CheckpointConfig as CheckpointConfig
 from dsjax.config.run import DataConfig as DataConfig
 from dsjax.config.run import EvalConfig as EvalConfig
+from dsjax.config.run import InitConfig as InitConfig
 from dsjax.config.run import LogConfig as LogConfig
 from dsjax.config.run import OptimizerConfig as OptimizerConfig
 from dsjax.config.run import RunConfig as RunConfig

@@ -76,8 +76,11 @@ def prepare(
 
 def _write(config: DataConfig, kept: Path | None, identity: dict[str, Any], folder: Path, log: Log) -> None:
     began, vocab_size = time.monotonic(), identity["model.vocab_size"]
-    named = config.tokenizer or kept
-    tokenizer = load_tokenizer(named) if named else None
+    tokenizer = None
+    if config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+    elif kept:
+        tokenizer = load_tokenizer(kept, called=f"{kept}, the tokenizer that came with the weights,")
     if tokenizer:
         tokenizer.check_fits(vocab_size)
     corpus = read_corpus(config.paths)

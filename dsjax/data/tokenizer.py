@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from jaxtyping import Int32, Integer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from dsjax.config import ConfigError
 
@@ -131,16 +131,17 @@ class Tokenizer:
             )
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a ``tokenizer.json``, such as a DeepSeek checkpoint's.
+def load_tokenizer(path: str | Path, *, called: str | None = None) -> Tokenizer:
+    """Reads a ``tokenizer.json``, such as a DeepSeek checkpoint's; errors call it ``called``, or data.tokenizer.
 
-    Errors: ConfigError naming data.tokenizer if it is missing, broken or of another kind.
+    Errors: ConfigError if it is missing, broken or of another kind.
     """
+    called = called or f"data.tokenizer={str(path)!r}"
     try:
         definition = Path(path).expanduser().read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.tokenizer={str(path)!r} cannot be read: {error}") from error
-    return Tokenizer(definition, source=f"data.tokenizer={str(path)!r}")
+        raise ConfigError(f"{called} cannot be read: {error}") from error
+    return Tokenizer(definition, source=called)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -163,6 +164,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         ]
     )
     inner.decoder = decoders.ByteLevel()
+    # Of no effect here, where control tokens are added by hand; transformers' tokenizer begins texts with it.
+    inner.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(CONTROL_TOKENS),

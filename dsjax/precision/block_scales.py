@@ -20,7 +20,6 @@ def dequantise(values: Float[Array, "*B M N"], scale: Float[Array, "*B m n"], dt
     return (values.astype(jnp.float32) * _spread(scale, values.shape)).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnames="power_of_two")
 def quantise(
     weight: Float[Array, "*B M N"], *, power_of_two: bool
 ) -> tuple[Float[Array, "*B M N"], Float[Array, "*B m n"]]:
@@ -30,6 +29,14 @@ def quantise(
 
     Weights that came out of ``dequantise`` with scales that are powers of two keep every value.
     """
+    # An argument: division by a constant is compiled as multiplication by its rounded reciprocal.
+    return _quantise(weight, jnp.float32(E4M3_MAX), power_of_two=power_of_two)
+
+
+@functools.partial(jax.jit, static_argnames="power_of_two")
+def _quantise(
+    weight: Float[Array, "*B M N"], largest: Float[Array, ""], *, power_of_two: bool
+) -> tuple[Float[Array, "*B M N"], Float[Array, "*B m n"]]:
     weight = weight.astype(jnp.float32)
     rows, columns = weight.shape[-2:]
     edges = [(0, 0)] * (weight.ndim - 2) + [(0, -rows % BLOCK), (0, -columns % BLOCK)]
@@ -37,7 +44,7 @@ def quantise(
     blocks = jnp.pad(magnitude, edges)
     blocks = blocks.reshape(*weight.shape[:-2], blocks.shape[-2] // BLOCK, BLOCK, -1, BLOCK)
     amax = jnp.max(blocks, axis=(-3, -1))
-    scale = jnp.maximum(amax / E4M3_MAX, jnp.finfo(jnp.float32).tiny)
+    scale = jnp.maximum(amax / largest, jnp.finfo(jnp.float32).tiny)
     rounded = power_of_two_at_least(scale) if power_of_two else scale
     scale = jnp.select([amax == 0, jnp.isinf(amax)], [1.0, amax], rounded)
     scaled = weight / _spread(scale, weight.shape)

@@ -228,7 +228,7 @@ class Run:
         with self.progress.doing("evaluating"):
             loss = heldout_loss(state.model, self.heldout, self._token_bytes())
         self.writer.write(step, {"eval/loss": loss.nats_per_token, "eval/bits_per_byte": loss.bits_per_byte})
-        untrained = " (untrained)" if step == 0 else ""
+        untrained = "" if step else " (before training)" if self.initial else " (untrained)"
         self.progress.say(
             f"step {step}: held-out loss {loss.nats_per_token:.3f} nats a token, "
             f"{loss.bits_per_byte:.3f} bits per byte{untrained}"

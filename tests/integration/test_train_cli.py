@@ -268,24 +268,3 @@ def test_weights_of_another_model_are_refused(command, exported, tmp_path):
     output = finish(command(tmp_path / "other", init__hf=tmp_path / "nowhere"), status=2)
     assert f"init.hf: {tmp_path / 'nowhere'} is not a directory" in output
     assert not (tmp_path / "other" / "data").exists()  # it was refused before the text was prepared
-
-
-def test_what_came_with_other_weights_is_not_mixed_in(command, exported, undisturbed, tmp_path):
-    kept = tmp_path / "run" / "hf"
-    shutil.copytree(exported, kept)  # where a user might well have put the download
-    for init in ({"init__hf": kept}, {"init__checkpoint": undisturbed}, {}):
-        output = finish(command(tmp_path / "run", **init), status=2)
-        assert f"{kept} is where a run keeps what came with its first weights" in output
-        assert "Traceback" not in output
-    assert sorted(path.name for path in kept.iterdir()) == sorted(path.name for path in exported.iterdir())
-
-
-def test_an_encoding_that_is_no_python_is_told_before_weights_are_read(command, exported, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(exported, source)
-    (source / "encoding").mkdir()
-    (source / "encoding" / "encoding.py").write_text("def (:")
-    output = finish(command(tmp_path / "run", init__hf=source), status=2)
-    assert f"init.hf: {source / 'encoding' / 'encoding.py'} cannot be parsed" in output
-    assert "Traceback" not in output
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.json"]

@@ -25,7 +25,11 @@ from dsjax.models.transformer import Transformer  # noqa: E402
 pytestmark = pytest.mark.parity
 
 LENGTH = 300
-FAMILIES = {"V3.2": {}, "V3": {"index_topk": 0}, "V3.2 with YaRN": {"max_position_embeddings": 163840}}
+FAMILIES = {
+    "V3.2": {},
+    "V3": {"index_topk": 0, "rms_norm_eps": 1e-2},
+    "V3.2 with YaRN": {"max_position_embeddings": 163840},
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -1,19 +1,23 @@
 """``python -m dsjax.checkpoint.convert``: what it says of bad input, and what it leaves behind when it is killed."""
 
+import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from replica import SMALL_CONFIG, SMALL_CONFIG_V3, stored_arrays, write_random
 
-from dsjax.checkpoint import array_files, convert, hf_export
+from dsjax.checkpoint import array_files, convert, hf_export, hf_import, stacked, staging
 from dsjax.checkpoint.hf_export import export_checkpoint
 from dsjax.checkpoint.hf_import import import_checkpoint
 
@@ -301,6 +305,51 @@ def test_a_damaged_model_of_ours_is_one_sentence(hf, monkeypatch, capsys, spoil)
     assert not (hf.parent / "back").exists()
 
 
+def test_names_of_folders_may_begin_with_a_tilde(hf, monkeypatch):
+    monkeypatch.setenv("HOME", str(hf.parent))
+    assert run(monkeypatch, "import", "--source", "~/hf", "--target", "~/ours") == 0
+    assert run(monkeypatch, "export", "--source", "~/ours", "--target", "~/back") == 0
+    assert (hf.parent / "back" / "config.json").exists()
+
+
+def test_nothing_is_exported_among_checkpoints(hf, monkeypatch, capsys):
+    import_checkpoint(hf, hf.parent / "ours")
+    target = hf.parent / "ours" / "checkpoints" / "7"
+    assert run(monkeypatch, "export", "--source", hf.parent / "ours", "--target", target) == 1
+    assert f"{target} lies among the checkpoints of" in capsys.readouterr().err
+
+
+def test_a_pipe_is_no_file(hf, monkeypatch, capsys):
+    for name in ("tokenizer.json", "config.json"):
+        (hf / name).unlink(missing_ok=True)
+        os.mkfifo(hf / name)
+        assert run(monkeypatch, "import", "--source", hf, "--target", hf.parent / "ours") == 1
+        assert str(hf / name) in capsys.readouterr().err
+
+
+def test_checkpoints_that_lack_what_can_be_done_without(hf, monkeypatch, capsys):
+    """No multi-token prediction, norms in BF16, and a table that transformers once saved."""
+    import_checkpoint(hf, hf.parent / "ours")
+    tensors = {
+        name: np.asarray(array)
+        for path in hf.glob("*.safetensors")
+        for name, (_, array) in stored_arrays(path).items()
+        if not name.startswith(f"model.layers.{SMALL_CONFIG['num_hidden_layers']}.")
+    }
+    norm = "model.layers.0.input_layernorm.weight"
+    tensors[norm] = tensors[norm].astype(ml_dtypes.bfloat16)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    for path in hf.glob("*.safetensors*"):
+        path.unlink()
+    safetensors.numpy.save_file(tensors, hf / "model.safetensors")
+    assert run(monkeypatch, "inspect", hf) == 0
+    import_checkpoint(hf, hf.parent / "less")
+    state = hf.parent / "less" / "checkpoints" / "0" / "state"
+    assert not list(state.glob("model.mtp*"))
+    name = "model.dense_layers.input_layernorm.weight/c/0/0"
+    assert (state / name).read_bytes() == tensors[norm].astype(np.float32).tobytes()
+
+
 def test_an_indexer_is_not_added_to_one(hf, monkeypatch, capsys):
     assert run(monkeypatch, "import", "--source", hf, "--target", hf.parent / "ours", "--new-indexer") == 1
     assert "has an indexer" in capsys.readouterr().err
@@ -315,10 +364,10 @@ def test_sources_that_hold_no_model_of_ours(hf, monkeypatch, capsys):
     assert "holds no finished checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["0", "5 parsecs", "-1GB", "GB"])
+@pytest.mark.parametrize("size", ["0", "5 parsecs", "-1GB", "GB", "5PB", "0.2"])
 def test_a_shard_size_that_is_none(monkeypatch, capsys, size):
     assert run(monkeypatch, "export", "--source", "x", "--target", "y", f"--shard-size={size}") == 2
-    assert "is not a size: write 5GB or 500MB" in capsys.readouterr().err
+    assert "is not a size: write 5GB, 500MB or 2GiB" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- full disks, interruptions
@@ -470,6 +519,38 @@ def test_interrupted_work_is_not_mixed_with_other_work(hf, monkeypatch, capsys):
     assert run(monkeypatch, "import", "--source", hf, "--target", target, "--dtype", "bfloat16") == 1
     assert f"the files of {hf} changed since {target}.partial was begun" in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_work_begun_by_another_version_is_not_completed(hf, monkeypatch, capsys):
+    target = hf.parent / "ours"
+    with monkeypatch.context() as patched:
+        patched.setattr(stacked, "_GROUPED_CHUNK_BYTES", 50_000)
+        patched.setattr(hf_import, "run_all", lambda jobs: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(monkeypatch, "import", "--source", hf, "--target", target) == 130
+    capsys.readouterr()
+    assert run(monkeypatch, "import", "--source", hf, "--target", target) == 1
+    assert (
+        capsys.readouterr().err
+        == f"this program changed since {target}.partial was begun: delete that folder\n"
+    )
+
+
+def test_two_at_the_same_target(hf, monkeypatch, capsys):
+    partial = hf.parent / "ours.partial"
+    partial.mkdir()
+    with (partial / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(monkeypatch, "import", "--source", hf, "--target", hf.parent / "ours") == 1
+    assert capsys.readouterr().err == f"{partial} is being written by another process: wait for its end\n"
+    assert run(monkeypatch, "import", "--source", hf, "--target", hf.parent / "ours") == 0
+    assert sorted(path.name for path in (hf.parent / "ours").iterdir()) == ["checkpoints", "hf"]
+
+
+def test_a_scarce_disk_is_told_before(hf, monkeypatch, capsys):
+    usage = shutil.disk_usage(hf)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda folder: usage._replace(free=1_000_000))
+    assert run(monkeypatch, "import", "--source", hf, "--target", hf.parent / "ours") == 0
+    assert "15.0 MB are to be written and 1.0 MB are free" in capsys.readouterr().out
 
 
 def test_an_interrupted_export_does_not_mix_two_models(hf, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from replica import V32_CONFIG
 from replica import V32_CONFIG as RELEASED
 
 from dsjax.checkpoint.errors import CheckpointError
@@ -38,6 +39,15 @@ def test_no_scaling_is_no_yarn_at_any_length(tmp_path):
     assert model.softmax_scale == ModelConfig().qk_head_dim ** -0.5
 
 
+YARN = V32_CONFIG["rope_scaling"]
+
+
+def test_what_transformers_adds_to_yarn_is_understood(tmp_path):
+    rope = YARN | {"rope_type": "yarn", "rope_theta": 10000.0, "attention_factor": None, "truncate": True}
+    found = read(tmp_path, {"rope_parameters": rope}, ("rope_scaling", "rope_theta"))
+    assert found.model == presets.deepseek_v32_671b()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -45,7 +55,24 @@ def test_no_scaling_is_no_yarn_at_any_length(tmp_path):
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
         ({"hidden_size": "big"}, "model.hidden_size='big' must be a whole number"),
         ({"n_group": 7}, "model.n_group=7 does not divide"),
-        ({"rope_scaling": {"type": "linear"}}, "rope type 'linear'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.type='linear' is not one of default, yarn"),
+        ({"rope_scaling": {"factor": 40}}, "rope_scaling.type=None is not one of"),
+        (
+            {"rope_scaling": YARN | {"attention_factor": 0.5}},
+            "attention_factor=0.5 is not supported: only None",
+        ),
+        ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate=False is not supported"),
+        ({"rope_scaling": YARN | {"low_freq_factor": 1}}, "rope_scaling.low_freq_factor is not known here"),
+        (
+            {"rope_scaling": YARN | {"mscale": 0, "mscale_all_dim": 0}},
+            "rope_scaling.mscale=0 must be positive",
+        ),
+        (
+            {"rope_scaling": {name: YARN[name] for name in YARN if name != "mscale"}},
+            "rope_scaling.mscale is missing",
+        ),
+        ({"max_position_embeddings": 4096}, "4096 is not more than the 4096 that YaRN extends"),
+        ({"rope_interleave": False}, "rope_interleave=False is not supported: only True"),
         ({"rope_scaling": [1]}, "rope_scaling=\\[1\\] must be an object"),
         ({"quantization_config": {"quant_method": "awq"}}, "only fp8 in blocks of 128 by 128"),
     ],

@@ -47,9 +47,12 @@ def test_equals_numpy(tmp_path, config, dtype):
         np.testing.assert_array_equal(loaded[path], value, path)
 
 
-def test_a_new_indexer_is_fresh_and_the_same_as_the_imported_one(tmp_path):
-    write_random(tmp_path / "hf", SMALL_CONFIG_V3)
-    import_checkpoint(tmp_path / "hf", tmp_path / "ours", dtype="float32", new_indexer=True)
+@pytest.mark.parametrize("stored", ["fp8", "bfloat16", "float32"])
+def test_a_new_indexer_is_fresh_and_the_same_as_the_imported_one(tmp_path, stored):
+    write_random(tmp_path / "fp8", SMALL_CONFIG_V3)
+    import_checkpoint(tmp_path / "fp8", tmp_path / "stored", dtype=stored)
+    export_checkpoint(tmp_path / "stored", tmp_path / "hf")
+    import_checkpoint(tmp_path / "hf", tmp_path / "ours", new_indexer=True)
     export_checkpoint(tmp_path / "ours", tmp_path / "back")
     checkpoint = open_sound_checkpoint(tmp_path / "hf")
     checkpoint = checkpoint._replace(config=with_new_indexer(checkpoint.config))

@@ -74,17 +74,20 @@ def test_every_problem_is_named(tmp_path):
         tmp_path, "model.layers.5.self_attn.q_a_proj.weight", lambda e: e.update(shape=[7168, 1536])
     )
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 62}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_routed_experts": 264}))
     result = inspect(tmp_path)
     assert result.returncode == 1
     lines = result.stdout.splitlines()
-    assert f"{typed}: tensor model.norm.weight is I32, expected F32" in lines
+    assert f"{typed}: tensor model.norm.weight is I32, expected BF16 or F32" in lines
     assert (
         f"{shaped}: tensor model.layers.5.self_attn.q_a_proj.weight has shape (7168, 1536), "
         "expected (1536, 7168)" in lines
     )
-    assert f"{tmp_path} lacks tensor model.layers.62.mlp.experts.255.down_proj.weight_scale_inv" in lines
+    assert f"{tmp_path} lacks tensor model.layers.61.mlp.experts.263.down_proj.weight_scale_inv" in lines
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 62}))
+    lines = inspect(tmp_path).stdout.splitlines()
     assert any("model.layers.61.embed_tokens.weight is not part of the model" in line for line in lines)
+    assert any("promises multi-token prediction and no file holds any" in line for line in lines)
 
 
 def test_a_matrix_in_fp8_without_quantization_config_is_mistyped(released, tmp_path):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 
-from dsjax.checkpoint.array_files import open_arrays
 from dsjax.checkpoint.store import CheckpointStore, from_named_leaves, named_leaves
 from dsjax.config import ConfigError
 
@@ -145,6 +145,7 @@ def test_a_large_stack_is_stored_by_layers_and_experts(tmp_path):
     store.save(1, {"model": tree}, batches())
     store.close()
     names = ("moe_layers.mlp.experts.up_proj", "moe_layers.mlp.gate", "head")
-    arrays = open_arrays(tmp_path / "checkpoints" / "1", {f"model.{name}": 10**9 for name in names})
-    found = [tuple(arrays[f"model.{name}"].chunk_layout.read_chunk.shape) for name in names]
+    base = {"driver": "ocdbt", "base": f"file://{tmp_path}/checkpoints/1/state/"}
+    specs = [{"driver": "zarr3", "kvstore": base | {"path": f"model.{name}/"}} for name in names]
+    found = [tuple(tensorstore.open(spec).result().chunk_layout.read_chunk.shape) for spec in specs]
     assert found == [(1, 1, 1024, 2048), (3, 1024, 4), (4096, 3000)]

@@ -71,10 +71,19 @@ def test_what_to_write_instead_can_be_pasted(tmp_path):
     wanted = r"use --config\.optimizer\.moment_dtype=float32,"
     with pytest.raises(ConfigError, match=wanted):
         claim(changed(small_run(), optimizer={"moment_dtype": "bfloat16"}), tmp_path)
-    (tmp_path / "config.json").unlink()
-    claim(changed(small_run(), data={"paths": ("a b.txt", "c")}), tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    claim(changed(small_run(), data={"paths": ("a b.txt", "c")}), other)
+    (other / "checkpoints" / "10").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"use --config\.data\.paths=a b\.txt,c,"):
+        claim(small_run(), other)
+
+
+def test_weights_without_a_run_are_left_alone(tmp_path):
+    (tmp_path / "checkpoints" / "0").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=f"--config.init.checkpoint={tmp_path} and another --workdir"):
         claim(small_run(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 @pytest.mark.parametrize(
