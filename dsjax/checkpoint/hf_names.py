@@ -1,8 +1,7 @@
 """Every tensor of a released checkpoint: its name, shape and dtype there, and its place in our tree.
 
-The one table: importing, exporting and inspecting read it, and nothing else knows a checkpoint's names. Ours are the
-checkpoint's own wherever it has one; a matrix is stored there as [out, in] and here as [in, out], heads split from
-their width, experts and layers stacked.
+The one table: importing, exporting and inspecting read it. Our names are the checkpoint's own wherever it has one; a
+matrix is stored there as [out, in] and here as [in, out], heads split from their width, experts and layers stacked.
 
 Source: the headers of ``deepseek-ai/DeepSeek-V3.2`` and ``deepseek-ai/DeepSeek-V3``; V3's ``README_WEIGHTS.md``.
 """

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dsjax.precision.act_quant import E4M3_MAX, power_of_two_at_least
@@ -21,34 +22,39 @@ def dequantise(values: Float[Array, "*B M N"], scale: Float[Array, "*B m n"], dt
 
 
 def quantise(
-    weight: Float[Array, "*B M N"], *, power_of_two: bool
-) -> tuple[Float[Array, "*B M N"], Float[Array, "*B m n"]]:
+    weight: Float[Array, "*B M N"] | Float[np.ndarray, "*B M N"], *, power_of_two: bool
+) -> tuple[Float[Array, "*B M N"], Float[np.ndarray, "*B m n"]]:
     """Values in e4m3 and float32 scales, ``max|block| / 448`` or the next power of two; 1 for a block of zeros.
 
-    The scale of a block that holds a number that is not finite is not finite.
-
-    Weights that came out of ``dequantise`` with scales that are powers of two keep every value.
+    The scale of a block that holds a number that is not finite is infinite. Weights that came out of ``dequantise``
+    with scales that are powers of two keep every value.
     """
-    # An argument: division by a constant is compiled as multiplication by its rounded reciprocal.
-    return _quantise(weight, jnp.float32(E4M3_MAX), power_of_two=power_of_two)
+    largest = np.asarray(_largest(weight))
+    # In numpy: XLA compiles division by one number as multiplication by its rounded reciprocal.
+    scale = np.maximum(largest / np.float32(E4M3_MAX), np.finfo(np.float32).tiny)
+    if power_of_two:
+        scale = np.where(np.isinf(scale), scale, power_of_two_at_least(jnp.asarray(scale)))
+    scale = np.where(largest == 0, np.float32(1), scale)
+    return _scaled(weight, scale), scale
 
 
-@functools.partial(jax.jit, static_argnames="power_of_two")
-def _quantise(
-    weight: Float[Array, "*B M N"], largest: Float[Array, ""], *, power_of_two: bool
-) -> tuple[Float[Array, "*B M N"], Float[Array, "*B m n"]]:
-    weight = weight.astype(jnp.float32)
+@jax.jit
+def _largest(weight: Float[Array, "*B M N"]) -> Float[Array, "*B m n"]:
+    """Absolute value in each block, float32; infinite for one that is no number."""
     rows, columns = weight.shape[-2:]
+    magnitude = jnp.abs(weight.astype(jnp.float32))
+    magnitude = jnp.where(jnp.isnan(magnitude), jnp.inf, magnitude)  # a maximum may pass over NaN
     edges = [(0, 0)] * (weight.ndim - 2) + [(0, -rows % BLOCK), (0, -columns % BLOCK)]
-    magnitude = jnp.where(jnp.isnan(weight), jnp.inf, jnp.abs(weight))  # a maximum may pass over NaN
     blocks = jnp.pad(magnitude, edges)
     blocks = blocks.reshape(*weight.shape[:-2], blocks.shape[-2] // BLOCK, BLOCK, -1, BLOCK)
-    amax = jnp.max(blocks, axis=(-3, -1))
-    scale = jnp.maximum(amax / largest, jnp.finfo(jnp.float32).tiny)
-    rounded = power_of_two_at_least(scale) if power_of_two else scale
-    scale = jnp.select([amax == 0, jnp.isinf(amax)], [1.0, amax], rounded)
-    scaled = weight / _spread(scale, weight.shape)
-    return jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn), scale
+    return jnp.max(blocks, axis=(-3, -1))
+
+
+@jax.jit
+def _scaled(weight: Float[Array, "*B M N"], scale: Float[Array, "*B m n"]) -> Float[Array, "*B M N"]:
+    """In e4m3."""
+    values = weight.astype(jnp.float32) / _spread(scale, weight.shape)
+    return jnp.clip(values, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
 
 
 def _spread(scale: Float[Array, "*B m n"], shape: tuple[int, ...]) -> Float[Array, "*B M N"]:
