@@ -58,7 +58,8 @@ def _create_skeleton(unfinished: Path, arrays: dict[str, ArraySpec]) -> None:
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt, saving.use_zarr3, saving.array_metadata_store = False, True, None
-    with tempfile.TemporaryDirectory() as temporary:
+    # Interrupted, orbax may still be writing when the folder is removed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         made = Path(temporary) / "0"
         _try_to_write(Path(temporary), len(arrays))
         with context:

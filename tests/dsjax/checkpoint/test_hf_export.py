@@ -126,6 +126,10 @@ def test_the_newest_checkpoint_of_a_run(tmp_path, monkeypatch, dtype):
     store.close()
     export_checkpoint(workdir, tmp_path / "back", dtype=dtype, shard_bytes=3_000_000)
     assert open_sound_checkpoint(tmp_path / "back").config.model.hidden_size == 320
+    # It came from nowhere, and says all that a released one does.
+    values = json.loads((tmp_path / "back" / "config.json").read_text())
+    told = SMALL_CONFIG.keys() - {"quantization_config", "initializer_range"}
+    assert {name: values.get(name) for name in told} == {name: SMALL_CONFIG[name] for name in told}
     ours = our_tree(dequantised(tmp_path / "back"), SMALL_CONFIG)
     leaves = named_leaves(model)
     assert ours.keys() == leaves.keys()
