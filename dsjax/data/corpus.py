@@ -105,7 +105,7 @@ def read_corpus(paths: tuple[str, ...]) -> Corpus:
     """
     skipped: list[Skipped] = []
     found: dict[str, tuple[Path, str]] = {}  # by resolved path: a file named twice is read once
-    for path, name in _named(paths, skipped) if paths else _library_sources(skipped):
+    for path, name in find_files(paths, skipped) if paths else _library_sources(skipped):
         found.setdefault(os.path.realpath(path), (path, name))
     documents: list[Document] = []
     for path, name in sorted(found.values(), key=lambda item: item[1]):
@@ -120,7 +120,11 @@ def read_corpus(paths: tuple[str, ...]) -> Corpus:
     return Corpus(tuple(documents), tuple(skipped))
 
 
-def _named(paths: tuple[str, ...], skipped: list[Skipped]) -> Iterator[tuple[Path, str]]:
+def find_files(paths: tuple[str, ...], skipped: list[Skipped]) -> Iterator[tuple[Path, str]]:
+    """Files, those in folders and those that match globs, each with its printable name; hidden ones are left out.
+
+    Errors: ConfigError for a path that matches no file.
+    """
     for pattern in paths:
         expanded = os.path.expanduser(pattern)
         exists = os.path.lexists(expanded)
