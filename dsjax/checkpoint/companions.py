@@ -1,7 +1,6 @@
 """What lies beside the weights of a released checkpoint and stays with the model: configuration, tokenizer, chat."""
 
 import ast
-import errno
 import json
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from dsjax.checkpoint.array_files import write_error
 from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.model_folder import HF, ModelFolder
+from dsjax.checkpoint.safetensors_files import read_file
 
 # File names, beside config.json, that transformers and inference engines look for.
 _PATTERNS = ("tokenizer*", "special_tokens_map.json", "generation_config.json", "chat_template*")
@@ -36,9 +36,12 @@ def keep_companions(source: Path, folder: Path, config: dict[str, Any]) -> None:
     _write(folder, contents)
 
 
-def keep_companions_of_ours(source: ModelFolder, folder: Path) -> None:
-    """Copies what was kept with a model of ours, and the tokenizer of the run that made it."""
-    _write(folder, _kept(source.path))
+def copy_kept(source: ModelFolder, folder: Path, config: dict[str, Any] | None = None) -> None:
+    """Copies what was kept with a model of ours, and the tokenizer of the run that made it.
+
+    ``config`` takes the place of its ``config.json``.
+    """
+    _write(folder, _kept(source.path) | ({"config.json": _encoded(config)} if config else {}))
 
 
 def _kept(folder: Path) -> dict[str, bytes]:
@@ -54,9 +57,7 @@ def _kept(folder: Path) -> dict[str, bytes]:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.exists() and not path.is_file():  # reading from a pipe would wait for ever
-            raise OSError(errno.EINVAL, "it is no file")
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}): download it again, or delete it to do without"
@@ -106,8 +107,3 @@ def _assigned(statement: ast.stmt) -> dict[str, str]:
     if not (isinstance(value, ast.Constant) and isinstance(value.value, str)):
         return {}
     return {target.id: value.value for target in targets if isinstance(target, ast.Name)}
-
-
-def release_companions(source: ModelFolder, folder: Path, config: dict[str, Any]) -> None:
-    """Writes to an exported directory ``config`` as its ``config.json``, the tokenizer, and all else that was kept."""
-    _write(folder, _kept(source.path) | {"config.json": _encoded(config)})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsjax.checkpoint.errors import CheckpointError
+from dsjax.checkpoint.safetensors_files import read_file
 from dsjax.config import ConfigError, ModelConfig
 from dsjax.config.model import RopeScaling
 from dsjax.precision.block_scales import BLOCK
@@ -55,16 +56,14 @@ class HfConfig(NamedTuple):
     @property
     def has_power_of_two_scales(self) -> bool:
         """Whether block scales are powers of two, as V3.2's, or any number, as V3's."""
-        return quantization_config(self.model, self.values)["scale_fmt"] == "ue8m0"
+        return has_power_of_two_scales(self.model, self.values)
 
 
 def read_config(directory: Path) -> HfConfig:
     """Reads ``config.json``. Raises CheckpointError where it is missing, incomplete or of another architecture."""
     path = directory / "config.json"
-    if path.exists() and not path.is_file():  # reading from a pipe would wait for ever
-        raise CheckpointError(f"{path} is no file")
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_file(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -236,6 +235,11 @@ def config_values(model: ModelConfig, *, is_fp8: bool, dtype: str, base: dict[st
         section = quantization_config(model, base)
         values["quantization_config"] = {name: value for name, value in section.items() if value is not None}
     return values
+
+
+def has_power_of_two_scales(model: ModelConfig, base: dict[str, Any]) -> bool:
+    """Whether the scales of ``quantization_config`` are powers of two."""
+    return quantization_config(model, base)["scale_fmt"] == "ue8m0"
 
 
 def quantization_config(model: ModelConfig, base: dict[str, Any]) -> dict[str, Any]:

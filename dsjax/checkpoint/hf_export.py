@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsjax.checkpoint.array_files import is_written, write_all, write_error
-from dsjax.checkpoint.companions import release_companions
+from dsjax.checkpoint.companions import copy_kept
 from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.fp8_arrays import quantised
-from dsjax.checkpoint.hf_config import config_values, quantization_config
+from dsjax.checkpoint.hf_config import config_values, has_power_of_two_scales
 from dsjax.checkpoint.hf_names import SCALE_SUFFIX, CheckpointTensor
 from dsjax.checkpoint.model_folder import ModelFolder, open_model_folder
 from dsjax.checkpoint.safetensors_files import (
@@ -58,7 +58,7 @@ def export_checkpoint(
             folder.model, is_fp8=weights.is_fp8, dtype=weights.torch_dtype, base=folder.hf_values
         )
         _write_index(partial, shards)
-        release_companions(folder, partial, values)
+        copy_kept(folder, partial, values)
         total = sum(shard.size for shard in shards)
         warn_if_scarce(partial, total)
         with Transfer(f"export {source.name}", total) as transfer:
@@ -80,7 +80,7 @@ class _Weights:
 
     def __init__(self, folder: ModelFolder, dtype: WeightDtype | None):
         self.stored = StoredModel(folder.step, folder.model)
-        self.power_of_two = quantization_config(folder.model, folder.hf_values)["scale_fmt"] == "ue8m0"
+        self.power_of_two = has_power_of_two_scales(folder.model, folder.hf_values)
         self.dtype = dtype or self._as_they_are()
         self.is_fp8 = self.dtype == "fp8"
         self.torch_dtype = "bfloat16" if self.is_fp8 else self.dtype

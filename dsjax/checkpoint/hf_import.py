@@ -127,28 +127,32 @@ class _Source:
     ) -> tuple[Iterable[np.ndarray], list[np.ndarray]]:
         """Rows of a tensor in ``dtype``, in pieces, and their scales if that is FP8."""
         stored = self.checkpoint.stored.get(tensor.name)
-        if stored and DTYPES[stored.dtype] == dtype:
-            return read_pieces(stored, rows), [self.checkpoint.scales(tensor, rows)] if dtype == FP8 else []
-        pieces = (self._read(tensor, piece, dtype) for piece in pieces_of_rows(rows, tensor.shape))
-        if dtype != FP8:
-            return pieces, []
-        what = f"{stored.file if stored else 'new indexer'}: tensor {tensor.name}"
-        made = [quantised(piece, power_of_two=self.power_of_two, what=what) for piece in pieces]
-        return [values for values, _ in made], [scales for _, scales in made]
-
-    def _read(self, tensor: CheckpointTensor, rows: slice, dtype: str) -> np.ndarray:
-        """As numbers: in ``dtype``, or on the way to FP8 in what they are stored in."""
-        stored = self.checkpoint.stored.get(tensor.name)
         if stored is None:
             # Brings flax with it, half a second that other imports need not take.
             from dsjax.checkpoint.fresh_indexer import fresh_indexer_tensor
 
-            values = fresh_indexer_tensor(self.checkpoint.config.model, tensor)[rows]
-        else:
-            values = read_region(stored, rows)
+            values, scales = fresh_indexer_tensor(self.checkpoint.config, tensor, dtype)
+            blocks = slice(rows.start // BLOCK, -(-rows.stop // BLOCK))
+            return [values[rows]], [scales[blocks]] if dtype == FP8 else []
+        if DTYPES[stored.dtype] == dtype:
+            return read_pieces(stored, rows), [self.checkpoint.scales(tensor, rows)] if dtype == FP8 else []
+        pieces = pieces_of_rows(rows, tensor.shape)
+        if dtype != FP8:
+            return (self._converted(stored, tensor, piece, dtype) for piece in pieces), []
+        what = f"{stored.file}: tensor {tensor.name}"
+        made = [
+            quantised(read_region(stored, piece), power_of_two=self.power_of_two, what=what)
+            for piece in pieces
+        ]
+        return [values for values, _ in made], [scales for _, scales in made]
+
+    def _converted(
+        self, stored: StoredTensor, tensor: CheckpointTensor, rows: slice, dtype: str
+    ) -> np.ndarray:
+        values = read_region(stored, rows)
         if values.dtype == FP8:
             return np.asarray(dequantise(values, self.checkpoint.scales(tensor, rows), dtype))
-        return values if dtype == FP8 else values.astype(dtype, copy=False)
+        return values.astype(dtype, copy=False)
 
 
 def _writings(

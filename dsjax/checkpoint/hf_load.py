@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from dsjax.checkpoint.fp8_arrays import everywhere, quantised
+from dsjax.checkpoint.fp8_arrays import everywhere
 from dsjax.checkpoint.fresh_indexer import fresh_indexer_tensor
 from dsjax.checkpoint.hf_checkpoint import HfCheckpoint, check_copy, copies
 from dsjax.checkpoint.hf_names import CheckpointTensor
@@ -71,7 +71,7 @@ def _scales(checkpoint: HfCheckpoint, array: StackedArray, sharding: Sharding) -
         [
             checkpoint.scales(tensor, rows)
             if tensor.name in checkpoint.stored
-            else _fresh(checkpoint, tensor, FP8)[1]
+            else fresh_indexer_tensor(checkpoint.config, tensor, FP8)[1]
             for tensor in array.tensors.values()
         ]
     )
@@ -106,8 +106,8 @@ def _read_part(
     """
     stored = checkpoint.stored.get(tensor.name)
     if stored is None:
-        whole = _fresh(checkpoint, tensor, dtype)[0].reshape(shape)
-        return whole[tuple(slice(each.start, each.stop) for each in part)]
+        values, _ = fresh_indexer_tensor(checkpoint.config, tensor, dtype)
+        return values.reshape(shape)[tuple(slice(each.start, each.stop) for each in part)]
     if len(tensor.shape) == 1:
         return read_region(stored, slice(part[0].start, part[0].stop))
     # The axes before this one are the rows.
@@ -120,15 +120,6 @@ def _read_part(
     rest = [slice(each.start, each.stop) for each in part]
     rest[0] = rest[first_column] = slice(None)
     return region.reshape(read_shape)[tuple(rest)]
-
-
-def _fresh(checkpoint: HfCheckpoint, tensor: CheckpointTensor, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of a new indexer, as an import stores it: values, and scales if they are FP8."""
-    values = fresh_indexer_tensor(checkpoint.config.model, tensor)
-    if dtype != FP8:
-        return values.astype(dtype), np.empty(0)
-    power_of_two = checkpoint.config.has_power_of_two_scales
-    return quantised(values, power_of_two=power_of_two, what=f"new indexer: tensor {tensor.name}")
 
 
 def _flat(part: range, inner: int) -> slice:

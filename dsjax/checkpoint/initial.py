@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from dsjax.checkpoint.companions import keep_companions, keep_companions_of_ours
+from dsjax.checkpoint.companions import copy_kept, keep_companions
 from dsjax.checkpoint.errors import CheckpointError
 from dsjax.checkpoint.hf_checkpoint import HfCheckpoint, open_sound_checkpoint
 from dsjax.checkpoint.hf_config import differences, with_new_indexer
@@ -106,7 +106,7 @@ def _keep(opened: Initial | None, workdir: Path) -> None:
         if isinstance(opened, HfCheckpoint):
             keep_companions(opened.directory, made, opened.config.values)
         elif opened:
-            keep_companions_of_ours(opened, made)
+            copy_kept(opened, made)
         digests = _digests(made)
         if kept.exists() and not _holds(kept, digests):
             if not record.exists() or not _holds(kept, json.loads(record.read_text())):

@@ -7,6 +7,7 @@ Source: the safetensors format; ``model.safetensors.index.json`` of the released
 """
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -99,6 +100,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     tensors = {name: _tensor(path, name, entry, begin, data_bytes) for name, entry in header.items()}
     _check_gapless(path, tensors, begin, file_bytes)
     return tensors
+
+
+def read_file(path: Path) -> bytes:
+    """A small file. Raises OSError for what is none, too: reading from a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file")
+    return path.read_bytes()
 
 
 def item_bytes(dtype: str) -> int:
@@ -204,7 +212,7 @@ def _check_gapless(path: Path, tensors: dict[str, StoredTensor], begin: int, end
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        found = _json_object(path, path.read_bytes()).get("weight_map")
+        found = _json_object(path, read_file(path)).get("weight_map")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):

@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -104,11 +104,8 @@ def read_corpus(paths: tuple[str, ...]) -> Corpus:
     Errors: ConfigError for a path that matches no file, and where no document is left.
     """
     skipped: list[Skipped] = []
-    found: dict[str, tuple[Path, str]] = {}  # by resolved path: a file named twice is read once
-    for path, name in find_files(paths, skipped) if paths else _library_sources(skipped):
-        found.setdefault(os.path.realpath(path), (path, name))
     documents: list[Document] = []
-    for path, name in sorted(found.values(), key=lambda item: item[1]):
+    for path, name in each_once(find_files(paths, skipped) if paths else _library_sources(skipped)):
         checked = _check(path, name)
         if isinstance(checked, Document):
             documents.append(checked)
@@ -118,6 +115,14 @@ def read_corpus(paths: tuple[str, ...]) -> Corpus:
         reasons = "; ".join(f"{item.name}: {item.reason}" for item in skipped[:3])
         raise ConfigError(f"data.paths={paths} has no usable text ({reasons}): it must be UTF-8 files")
     return Corpus(tuple(documents), tuple(skipped))
+
+
+def each_once(files: Iterable[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """Files with their names, in the order of these, and each once however often it was found."""
+    found: dict[str, tuple[Path, str]] = {}
+    for path, name in files:
+        found.setdefault(os.path.realpath(path), (path, name))
+    return sorted(found.values(), key=lambda item: item[1])
 
 
 def find_files(paths: tuple[str, ...], skipped: list[Skipped]) -> Iterator[tuple[Path, str]]:

@@ -1,11 +1,10 @@
 """Which files there are to read, and how the work on them is divided."""
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dsjax.config import ConfigError
-from dsjax.data.corpus import Skipped, find_files
+from dsjax.data.corpus import Skipped, each_once, find_files
 from dsjax.data.readers import Part, Reject, compression_of, kind_of
 
 # Bytes of a task: small enough that workers end together, large enough that shards are few.
@@ -18,12 +17,10 @@ def find_parts(inputs: Iterable[str], task_bytes: int = TASK_BYTES) -> tuple[lis
     Errors: ConfigError for an input that matches no file.
     """
     skipped: list[Skipped] = []
-    found: dict[str, tuple[Path, str]] = {}  # by resolved path: a file named twice is read once
-    for path, name in find_files(tuple(inputs), skipped):
-        found.setdefault(os.path.realpath(path), (path, name))
+    found = each_once(find_files(tuple(inputs), skipped))
     parts: list[Part] = []
     rejects = [Reject(item.name, "unreadable", item.reason) for item in skipped]
-    for path, name in sorted(found.values(), key=lambda item: item[1]):
+    for path, name in found:
         if not path.is_file():  # a pipe would be waited for
             rejects.append(Reject(name, "unreadable", "not a regular file"))
             continue

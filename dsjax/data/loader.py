@@ -1,25 +1,14 @@
 """Batches: windows of the token stream, shuffled for training and in order for evaluation."""
 
 import dataclasses
-from typing import TypedDict
 
 import grain
 import numpy as np
-from jaxtyping import Float32, Int32
 
 from dsjax.config import ConfigError
 from dsjax.data.preparation import PreparedData
 from dsjax.data.store import TokenStore
-
-
-class Batch(TypedDict):
-    """What a step sees; a window has the same fields without B."""
-
-    tokens: Int32[np.ndarray, "*B T"]
-    targets: Int32[np.ndarray, "*B T"]  # the token that follows
-    segment_ids: Int32[np.ndarray, "*B T"]  # 1, 2, … by document that may be seen together; 0 for padding
-    positions: Int32[np.ndarray, "*B T"]  # from 0 in each segment
-    loss_mask: Float32[np.ndarray, "*B T"]  # 1 where the target counts, else 0
+from dsjax.data.windows import Batch, empty_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +88,7 @@ def heldout_batches(
 
 def _padded(rows: list[Batch], shape: tuple[int, int], pad_id: int) -> Batch:
     """Stacks windows that may be too short or too few for ``shape``."""
-    batch = Batch(
-        tokens=np.full(shape, pad_id, np.int32),
-        targets=np.full(shape, pad_id, np.int32),
-        segment_ids=np.zeros(shape, np.int32),
-        positions=np.zeros(shape, np.int32),
-        loss_mask=np.zeros(shape, np.float32),
-    )
+    batch = empty_batch(shape, pad_id)
     for number, row in enumerate(rows):
         for name in batch:
             batch[name][number, : len(row[name])] = row[name]

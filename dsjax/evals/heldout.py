@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from dsjax.data.loader import Batch
+from dsjax.data.windows import Batch
 from dsjax.models.batch import DeviceBatch
 from dsjax.models.cross_entropy import token_nll
 from dsjax.models.transformer import Transformer

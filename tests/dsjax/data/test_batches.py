@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 import dsjax.data
 from dsjax.config import ConfigError
-from dsjax.data.loader import Batch, Windows, heldout_batches, train_batches
+from dsjax.data.loader import Windows, heldout_batches, train_batches
 from dsjax.data.preparation import PreparedData
 from dsjax.data.store import TokenStore
 from dsjax.data.tokenizer import Tokenizer, train_tokenizer
+from dsjax.data.windows import Batch
 
 DTYPES = {
     "tokens": np.int32,
