@@ -1,6 +1,7 @@
 """The dataclasses of a run: what is trained, on what, for how long, and what is kept."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -21,24 +22,60 @@ def _check_at_least(room: str, config: object, least: Mapping[str, float]) -> No
 class DataConfig(Freezable):
     """Text in, batches out."""
 
-    # Files, folders or globs of UTF-8 text, separated by commas; write ? for a comma that belongs to a name.
-    # Empty: the source files of the running Python's standard library.
+    # Sets made by python -m dsjax.data.prepare, separated by commas, each with its share of the windows: web=3,code=1.
+    # Without a number it is 1.
+    sets: tuple[str, ...] = ()
+    # Without sets: files, folders or globs of text, JSON lines and parquet, separated by commas; write ? for a comma
+    # that belongs to a name. Empty: the source files of the running Python's standard library.
     paths: tuple[str, ...] = ()
-    # A tokenizer.json. Empty: that of the weights that init names, or else a byte-level BPE of model.vocab_size,
-    # trained on the text once a workdir.
+    # With paths, a tokenizer.json. Empty: that of the weights that init names, or else a byte-level BPE of
+    # model.vocab_size, trained on the text once a workdir.
     tokenizer: str = ""
-    # Share of the documents held out for evaluation, chosen by a hash of their content.
+    # With paths, the share of the documents held out for evaluation, chosen by a hash of their content.
     heldout_fraction: float = 0.02
+    # concat: documents one after another, cut where a sequence ends. whole: as many as fit, and only those longer than
+    # a sequence are cut, as fine-tuning and long contexts want it.
+    packing: Literal["concat", "whole"] = "concat"
     # Whether packed documents are hidden from each other. Pre-training leaves them visible, as the report
-    # does.
+    # does; fine-tuning does not.
     isolate_documents: bool = False
+    # Share of the documents whose middle is moved to their end, to be filled in (PSM), others every epoch.
+    # Source: V3 report §4.1. 0 for fine-tuning.
+    fim_rate: float = 0.1
 
     def check(self) -> None:
-        """Raises ConfigError for values out of range."""
+        """Raises ConfigError for values out of range, and for what cannot go together."""
         if not 0 < self.heldout_fraction < 0.5:
             raise ConfigError(
                 f"data.heldout_fraction={self.heldout_fraction} must lie between 0 and 0.5: try 0.02"
             )
+        if not 0 <= self.fim_rate <= 1:
+            raise ConfigError(f"data.fim_rate={self.fim_rate} must lie in [0, 1]: 0.1 is the report's")
+        for name in ("paths", "tokenizer"):
+            if self.sets and getattr(self, name):
+                raise ConfigError(
+                    f"data.sets={self.sets} and data.{name}={getattr(self, name)!r} are both given: "
+                    "prepared sets have their text and tokenizer in them, so leave the other out"
+                )
+        self.weighted_sets()
+
+    def weighted_sets(self) -> list[tuple[str, float]]:
+        """Folders and shares of ``sets``; raises ConfigError for shares that are none."""
+        found = []
+        for item in self.sets:
+            folder, equals, weight = item.rpartition("=")
+            if not equals:
+                folder, weight = item, "1"
+            try:
+                share = float(weight)
+            except ValueError:
+                share = 0.0
+            if not folder or not 0 < share < math.inf:
+                raise ConfigError(
+                    f"data.sets: {item!r} must be a folder, or FOLDER=SHARE with a positive number"
+                )
+            found.append((folder, share))
+        return found
 
 
 @dataclasses.dataclass(unsafe_hash=True)

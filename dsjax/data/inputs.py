@@ -1,54 +1,121 @@
-"""Which files there are to read, and how the work on them is divided."""
+"""Which files there are to read, and how the work on them is divided, whatever does it."""
 
+import glob
+import os
+import stat
+import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dsjax.config import ConfigError
-from dsjax.data.corpus import Skipped, each_once, find_files
-from dsjax.data.readers import Part, Reject, compression_of, kind_of
+from dsjax.data.readers import Part, Reject, compression_of, kind_of, needed
 
-# Bytes of a task: small enough that workers end together, large enough that shards are few.
-TASK_BYTES = 32 << 20
+# Bytes of a task: so many tasks that workers end together, of so many bytes that shards are not too many.
+_TASKS = 64
+_LEAST_TASK_BYTES, _MOST_TASK_BYTES = 1 << 20, 256 << 20
+
+# Folders of the standard library that hold tests, other people's packages or compiled files.
+_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
-def find_parts(inputs: Iterable[str], task_bytes: int = TASK_BYTES) -> tuple[list[Part], list[Reject]]:
-    """The parts of all files in ``inputs``, files, folders and globs, in the order of their names; each file once.
+def find_tasks(inputs: tuple[str, ...], called: str) -> tuple[list[list[Part]], list[Reject]]:
+    """What is read together, in the order of the names of the files, each file once; and what cannot be read.
 
-    Errors: ConfigError for an input that matches no file.
+    ``inputs`` are files, folders and globs; without any, the library sources of the running Python. Folders are
+    searched to the bottom; what is hidden in them is left out.
+
+    Errors: ConfigError, which calls the inputs ``called``, for one that matches no file.
     """
-    skipped: list[Skipped] = []
-    found = each_once(find_files(tuple(inputs), skipped))
-    parts: list[Part] = []
-    rejects = [Reject(item.name, "unreadable", item.reason) for item in skipped]
-    for path, name in found:
-        if not path.is_file():  # a pipe would be waited for
-            rejects.append(Reject(name, "unreadable", "not a regular file"))
-            continue
-        parts += _parts_of(path, name, task_bytes)
+    rejects: list[Reject] = []
+    found = _each_once(_find_files(inputs, called, rejects) if inputs else _library_sources(rejects))
+    files = [(path, name, status) for path, name in found if (status := _status(path, name, rejects))]
+    total = sum(status.st_size for _, _, status in files)
+    task_bytes = min(max(total // _TASKS, _LEAST_TASK_BYTES), _MOST_TASK_BYTES)
+    parts = [part for file in files for part in _parts_of(*file, task_bytes)]
     if not parts:
+        reasons = "; ".join(f"{item.name}: {item.sample}" for item in rejects[:3])
         raise ConfigError(
-            f"--input={','.join(inputs)} has no files that can be read: name text, JSON lines or parquet"
+            f"{called}={','.join(inputs)} has no file that can be read ({reasons or 'it is empty'})"
         )
-    return parts, rejects
+    return list(_divided(parts, task_bytes)), rejects
 
 
-def _parts_of(path: Path, name: str, task_bytes: int) -> Iterator[Part]:
-    size = path.stat().st_size
+def _each_once(files: Iterable[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """Files with their names, in the order of these, and each once however often it was found."""
+    found: dict[str, tuple[Path, str]] = {}
+    for path, name in files:
+        found.setdefault(os.path.realpath(path), (path, name))
+    return sorted(found.values(), key=lambda item: item[1])
+
+
+def _find_files(inputs: tuple[str, ...], called: str, rejects: list[Reject]) -> Iterator[tuple[Path, str]]:
+    """Each file with its printable name."""
+    for pattern in inputs:
+        expanded = os.path.expanduser(pattern)
+        matches = [expanded] if os.path.lexists(expanded) else sorted(glob.glob(expanded, recursive=True))
+        count_before, any_file = len(rejects), False
+        for match in map(Path, matches):
+            for path in _walk(match, frozenset(), rejects) if match.is_dir() else [match]:
+                any_file = True
+                yield path, _printable(path)
+        if not any_file and len(rejects) == count_before:
+            raise ConfigError(f"{called}: {pattern!r} matches no file: give files, folders or globs")
+
+
+def _library_sources(rejects: list[Reject]) -> Iterator[tuple[Path, str]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in _walk(root, _NOT_LIBRARY, rejects):
+        if path.suffix == ".py":
+            yield path, _printable(path.relative_to(root))
+
+
+def _walk(root: Path, left_out: frozenset[str], rejects: list[Reject]) -> Iterator[Path]:
+    """The files under ``root``, hidden ones and the folders named in ``left_out`` excepted."""
+
+    def note(error: OSError) -> None:
+        rejects.append(Reject(_printable(Path(error.filename)), "unreadable", str(error.strerror)))
+
+    for folder, folders, files in os.walk(root, onerror=note):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
+        for name in files:
+            if not name.startswith("."):
+                yield Path(folder, name)
+
+
+def _printable(path: Path) -> str:
+    """A file name may be any bytes: what is not UTF-8 in it is written as escapes."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _status(path: Path, name: str, rejects: list[Reject]) -> os.stat_result | None:
+    try:
+        status = path.stat()
+    except OSError as error:
+        rejects.append(Reject(name, "unreadable", str(error.strerror)))
+        return None
+    if stat.S_ISREG(status.st_mode):
+        return status
+    rejects.append(Reject(name, "unreadable", "not a regular file"))  # a pipe would be waited for
+    return None
+
+
+def _parts_of(path: Path, name: str, status: os.stat_result, task_bytes: int) -> Iterator[Part]:
+    size, stamp = status.st_size, (status.st_size, status.st_mtime_ns)
     kind = kind_of(path)
     if kind == "jsonl" and not compression_of(path):
         for start in range(0, max(size, 1), task_bytes):
-            yield Part(path, name, start, min(start + task_bytes, size))
+            stop = min(start + task_bytes, size)
+            yield Part(path, name, start, stop, stop - start, stamp)
     elif kind == "parquet":
-        yield from _row_groups(path, name, task_bytes)
+        for start, stop, group_bytes in _row_groups(path, task_bytes):
+            yield Part(path, name, start, stop, group_bytes, stamp)
     else:
-        yield Part(path, name, 0, size)
+        yield Part(path, name, 0, size, size, stamp)
 
 
-def _row_groups(path: Path, name: str, task_bytes: int) -> Iterator[Part]:
-    """As many as have so many bytes; for a damaged file a part that says so when it is read."""
-    import pyarrow
-    from pyarrow import parquet
-
+def _row_groups(path: Path, task_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """As many as have so many bytes, with these; for a damaged file a part that says so when it is read."""
+    pyarrow, parquet = needed("pyarrow", str(path)), needed("pyarrow.parquet", str(path))
     try:
         with parquet.ParquetFile(path) as file:
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
@@ -57,21 +124,20 @@ def _row_groups(path: Path, name: str, task_bytes: int) -> Iterator[Part]:
     start = filled = 0
     for group, size in enumerate(sizes):
         if filled and filled + size > task_bytes:
-            yield Part(path, name, start, group)
+            yield start, group, filled
             start, filled = group, 0
         filled += size
-    yield Part(path, name, start, len(sizes))
+    yield start, len(sizes), filled
 
 
-def divided(parts: Iterable[Part], task_bytes: int = TASK_BYTES) -> list[list[Part]]:
-    """Parts that are worked on together, in order: so many bytes, or one part."""
-    tasks: list[list[Part]] = [[]]
+def _divided(parts: Iterable[Part], task_bytes: int) -> Iterator[list[Part]]:
+    """In order, at most so many bytes together, or one part."""
+    task: list[Part] = []
     filled = 0
     for part in parts:
-        size = part.stop - part.start if kind_of(part.path) != "parquet" else task_bytes
-        if tasks[-1] and filled + size > task_bytes:
-            tasks.append([])
-            filled = 0
-        tasks[-1].append(part)
-        filled += size
-    return tasks
+        if task and filled + part.size_bytes > task_bytes:
+            yield task
+            task, filled = [], 0
+        task.append(part)
+        filled += part.size_bytes
+    yield task

@@ -1,95 +1,81 @@
-"""Batches: windows of the token stream, shuffled for training and in order for evaluation."""
-
-import dataclasses
+"""Batches of a run: windows of its sets, mixed and shuffled for training, always the same for evaluation."""
 
 import grain
 import numpy as np
 
-from dsjax.config import ConfigError
-from dsjax.data.preparation import PreparedData
-from dsjax.data.store import TokenStore
-from dsjax.data.windows import Batch, empty_batch
+from dsjax.config import ConfigError, DataConfig
+from dsjax.data.documents import Controls
+from dsjax.data.mixture import Mixture, ProcessRows
+from dsjax.data.preparation import RunData
+from dsjax.data.token_set import TokenSet
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.data.windows import Batch, ConcatWindows, PackedWindows, Shape, empty_batch
+
+Windows = ConcatWindows | PackedWindows
 
 
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """Random access to windows of ``sequence_length + 1`` tokens, ``sequence_length`` apart.
+def train_windows(data: RunData, config: DataConfig, *, sequence_length: int, seed: int) -> Mixture:
+    """The endless row of windows that training reads, each of ``sequence_length`` tokens.
 
-    A window begins at the last token of the one before, so every token is a target once; the last few, which
-    fill no window, are left out. Windows cross documents; isolated, a document is a segment of its own with
-    positions from 0, and no loss falls on predicting the next document's start.
+    Errors: ConfigError for a set without training text, and for a tokenizer that cannot do what ``config`` wants.
     """
-
-    store: TokenStore
-    sequence_length: int
-    isolate_documents: bool
-
-    def __len__(self) -> int:
-        return (len(self.store.tokens) - 1) // self.sequence_length
-
-    def __getitem__(self, index: int) -> Batch:
-        """The window ``index``; the one after the last whole one may be asked for, and is shorter."""
-        first = index * self.sequence_length
-        span = self.store.tokens[first : first + self.sequence_length + 1].astype(np.int32)
-        begins = np.zeros(len(span), bool)
-        if self.isolate_documents:
-            starts = self.store.document_starts
-            low, high = np.searchsorted(starts, [first + 1, first + len(span)])
-            begins[starts[low:high] - first] = True
-        order = np.arange(len(span), dtype=np.int32)
-        return Batch(
-            tokens=span[:-1],
-            targets=span[1:],
-            segment_ids=(1 + np.cumsum(begins, dtype=np.int32))[:-1],
-            positions=(order - np.maximum.accumulate(np.where(begins, order, 0)))[:-1],
-            loss_mask=1 - begins[1:].astype(np.float32),
-        )
+    windows = []
+    for place, part in enumerate(data.sets):
+        # Sets that hold the same documents must not show them in the same order.
+        own_seed = int(np.random.SeedSequence((seed, place)).generate_state(1)[0])
+        shape = Shape(sequence_length, config.isolate_documents, config.fim_rate, own_seed)
+        windows.append(_windows(part.train, config, shape, data.tokenizer))
+        if not windows[-1].count:
+            raise ConfigError(f"{part.folder} has no training tokens: prepare it from more text")
+    return Mixture(windows, data.weights)
 
 
 def train_batches(
-    prepared: PreparedData, *, batch_size: int, sequence_length: int, isolate_documents: bool, seed: int
+    windows: Mixture, *, batch_size: int, process: int = 0, processes: int = 1
 ) -> grain.DatasetIterator[Batch]:
-    """Endless training batches, prefetched; each epoch is every window once, in an order of its own.
+    """Endless training batches, prefetched; of each, the rows of one ``process``.
 
     ``get_state`` and ``set_state`` resume with exactly the next batch, given the same arguments.
-
-    Errors: ConfigError if the training text does not fill one batch.
     """
-    windows = Windows(prepared.train, sequence_length, isolate_documents)
-    if len(windows) < batch_size:
-        raise ConfigError(
-            f"train.batch_size={batch_size} sequences of train.sequence_length={sequence_length} tokens need "
-            f"{batch_size * sequence_length + 1} training tokens and data.paths has "
-            f"{len(prepared.train.tokens)}: name more text, or use smaller batches or shorter sequences"
-        )
-    # Grain adds the epoch to the seed: without this, seed 1 would begin with the second epoch of seed 0.
-    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    # Endless, but for the length that grain computes: repeat() without a number overflows with batches of 1.
-    epochs = (1 << 62) // len(windows)
-    dataset = grain.MapDataset.source(windows).shuffle(shuffle_seed).repeat(epochs).batch(batch_size)
+    rows = ProcessRows(windows, batch_size, index=process, processes=processes)
+    dataset = grain.MapDataset.source(rows).batch(rows.rows)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
 def heldout_batches(
-    prepared: PreparedData, *, batch_size: int, sequence_length: int, isolate_documents: bool, batches: int
+    data: RunData, config: DataConfig, *, batch_size: int, sequence_length: int, batches: int
 ) -> list[Batch]:
-    """At most ``batches`` batches of held-out text, always the same, spread evenly over it.
+    """At most ``batches`` batches of held-out text, always the same, spread evenly over the sets' windows.
 
-    Where there is less text there are fewer; what is missing from the last window and the last batch is
-    padding, with segment 0 and no loss.
+    Where there is less text there are fewer, and what is missing from the last is padding. Nothing is moved.
     """
-    windows = Windows(prepared.heldout, sequence_length, isolate_documents)
-    available = -(-(len(prepared.heldout.tokens) - 1) // sequence_length)
-    count = min(available, batches * batch_size)
-    rows = [windows[number * available // count] for number in range(count)]
-    shape, pad_id = (batch_size, sequence_length), prepared.tokenizer.pad_id
-    return [_padded(rows[first : first + batch_size], shape, pad_id) for first in range(0, count, batch_size)]
+    shape = Shape(sequence_length, config.isolate_documents, fim_rate=0.0, seed=0)
+    every = [_windows(part.heldout, config, shape, data.tokenizer) for part in data.sets]
+    places = [(own, number) for own in every for number in range(own.count)]
+    count = min(len(places), batches * batch_size)
+    chosen = (places[number * len(places) // count] for number in range(count))
+    rows = [own.window(0, number) for own, number in chosen]
+    missing = -len(rows) % batch_size
+    rows += [empty_batch((sequence_length,), data.tokenizer.pad_id)] * missing
+    return [_stacked(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
 
 
-def _padded(rows: list[Batch], shape: tuple[int, int], pad_id: int) -> Batch:
-    """Stacks windows that may be too short or too few for ``shape``."""
-    batch = empty_batch(shape, pad_id)
-    for number, row in enumerate(rows):
-        for name in batch:
-            batch[name][number, : len(row[name])] = row[name]
-    return batch
+def _windows(documents: TokenSet, config: DataConfig, shape: Shape, tokenizer: Tokenizer) -> Windows:
+    kind = ConcatWindows if config.packing == "concat" else PackedWindows
+    return kind(documents, shape, controls_of(tokenizer, config.fim_rate))
+
+
+def controls_of(tokenizer: Tokenizer, fim_rate: float) -> Controls:
+    """Ids of the tokens around and within documents; those for filling in may lack where nothing is moved."""
+    bos, eos, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    if not fim_rate:
+        return Controls(bos, eos, pad, -1, -1, -1)
+    try:
+        moved = [tokenizer.id_of(f"<｜fim▁{name}｜>") for name in ("begin", "hole", "end")]
+    except ConfigError as error:
+        raise ConfigError(f"data.fim_rate={fim_rate}: {error}, or data.fim_rate=0") from None
+    return Controls(bos, eos, pad, *moved)
+
+
+def _stacked(rows: list[Batch]) -> Batch:
+    return Batch(**{name: np.stack([row[name] for row in rows]) for name in Batch.__annotations__})

@@ -17,6 +17,11 @@ class Windows(Protocol):
     """Windows of one set; each epoch has ``count`` of them, in an order of its own."""
 
     count: int
+    padding: float
+
+    def packing(self) -> str:
+        """How documents became windows, in words."""
+        ...
 
     def window(self, epoch: int, number: int) -> Batch:
         """The window at place ``number`` of an epoch."""
@@ -82,7 +87,7 @@ class ProcessRows:
     def __len__(self) -> int:
         return len(self.windows) // self.batch_size * self.rows
 
-    def __getitem__(self, number: int) -> Batch:
-        """Row ``number`` of those of this process."""
-        batch, row = divmod(number, self.rows)
+    def __getitem__(self, index: int) -> Batch:
+        """Row ``index`` of those of this process."""
+        batch, row = divmod(index, self.rows)
         return self.windows[batch * self.batch_size + self.first + row]

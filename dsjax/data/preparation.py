@@ -1,208 +1,175 @@
-"""Text to token files, once a workdir: what every later start and every batch reads."""
+"""Preparing a set, and the data of a run: sets prepared before, or one made from ``data.paths`` in the workdir."""
 
+import contextlib
 import dataclasses
-import json
+import hashlib
+import os
 import shutil
 import time
-import uuid
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dsjax.config import ConfigError, DataConfig
-from dsjax.data.corpus import Corpus, read_corpus
-from dsjax.data.split import sample, split
-from dsjax.data.store import TokenStore, load_store, write_store
-from dsjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from dsjax.data.engines import Bar, run_here
+from dsjax.data.manifest import read_manifest
+from dsjax.data.plan import Names, Plan, Settings, begin, check_same, held
+from dsjax.data.prepared_set import PreparedSet, open_set
+from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 
-# Merges settle long before this; training on it takes about 3 s on two cores.
-_TOKENIZER_SAMPLE_BYTES = 8 << 20
 _PROGRESS_SECONDS = 5.0
-_ABANDONED_SECONDS = 3600.0
-_SIDES = ("train", "heldout")
-# Raised by whoever changes what the files hold, so that old ones are refused instead of misread.
-_MADE_BY = "dsjax.data 1"
+_OF_A_RUN = Names(prefix="data.", inputs="data.paths", vocab_size="model.vocab_size")
 
 Log = Callable[[str], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class PreparedData:
-    """A tokenizer, the tokens of the training and of the held-out text, and the account of their making.
+def prepare_set(
+    folder: Path,
+    settings: Settings,
+    engine: Callable[[Plan], None],
+    *,
+    names: Names = Names(),  # noqa: B008, frozen
+    given: Tokenizer | None = None,
+) -> None:
+    """Makes ``folder`` a prepared set, unless it is; goes on where an earlier start was interrupted.
 
-    ``manifest``: ``config``, the fields that decided the content; ``documents``, ``bytes`` and ``tokens``,
-    each by side; ``skipped``, name and reason; ``fingerprint`` of the names and contents of the files.
+    ``given`` is a tokenizer to use where ``settings`` names none. Several processes may ask for a folder at a time: one
+    does the work, the others wait for it.
+
+    Errors: ConfigError for settings, text and tokenizers that cannot be used, and for a folder that holds something
+    else, or was prepared with other settings.
+    """
+    with held(folder):
+        if (folder / "manifest.json").exists():
+            check_same(read_manifest(folder)["config"], settings, names, folder)
+            shutil.rmtree(folder / "work", ignore_errors=True)  # the last thing to do, and it was not done
+        else:
+            engine(begin(folder, settings, names, given))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a run trains on: sets with their weights, and the tokenizer that they share.
+
+    ``fingerprint`` is of everything that training sees.
     """
 
     tokenizer: Tokenizer
-    train: TokenStore
-    heldout: TokenStore
-    manifest: dict[str, Any]
+    sets: tuple[PreparedSet, ...]
+    weights: tuple[float, ...]
+    fingerprint: str
 
 
-def prepare(
+def data_of_run(
     config: DataConfig,
     *,
     vocab_size: int,
     workdir: str | Path,
     tokenizer: Path | None = None,
     log: Log = print,
-) -> PreparedData:
-    """The data of a run: read from ``workdir/data`` if it is there, else made from the text and kept there.
+) -> RunData:
+    """The sets of ``data.sets``, or the one in ``workdir/data``, made from ``data.paths`` where it is not there yet.
 
-    ``tokenizer`` is a file to use where ``config`` names none; without either, one is trained on the text.
-    The folder appears complete or not at all, whenever the process is stopped, and several processes may
-    prepare the same workdir at a time. Once it is there, the text is not looked at again.
+    ``tokenizer`` is a file to use where ``config`` names none; without either, one is trained on the text. Once the set
+    is there, the text is not looked at again.
 
-    Errors: ConfigError for text, tokenizer or vocabulary that cannot be used, for a workdir that was prepared
-    otherwise, and for one that is damaged.
+    Errors: ConfigError for text, tokenizer, vocabulary or sets that cannot be used, for a workdir that was prepared
+    otherwise, and for a damaged set.
     """
-    workdir = Path(workdir).expanduser()
-    folder = workdir / "data"
-    identity = _identity(config, tokenizer, vocab_size)
-    _remove_abandoned(workdir)
-    if not folder.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / f".data-{uuid.uuid4().hex[:12]}"
-        temporary.mkdir()
-        try:
-            _write(config, tokenizer, identity, temporary, log)
-            _move(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return _load(identity, folder, log)
+    folder = Path(workdir).expanduser() / "data"
+    if config.sets:
+        data = _given_sets(config, vocab_size, folder)
+    else:
+        data = _own_set(config, vocab_size, folder, tokenizer, log)
+    for part in data.sets:
+        counts = part.manifest["counts"]
+        log(
+            f"data: {counts['train']['tokens']:,} training tokens of "
+            f"{counts['train']['bytes'] / max(counts['train']['tokens'], 1):.2f} bytes, "
+            f"{counts['heldout']['tokens']:,} held out, in {part.folder}"
+        )
+    return data
 
 
-def _write(config: DataConfig, kept: Path | None, identity: dict[str, Any], folder: Path, log: Log) -> None:
-    began, vocab_size = time.monotonic(), identity["model.vocab_size"]
-    tokenizer = None
-    if config.tokenizer:
-        tokenizer = load_tokenizer(config.tokenizer)
-    elif kept:
-        tokenizer = load_tokenizer(kept, called=f"{kept}, the tokenizer that came with the weights,")
-    if tokenizer:
-        tokenizer.check_fits(vocab_size)
-    corpus = read_corpus(config.paths)
-    sides = dict(zip(_SIDES, split(corpus, config.heldout_fraction), strict=True))
-    log(f"data: {len(corpus.documents)} documents, {_megabytes(corpus.size_bytes)}")
-    _log_skipped(corpus, log)
-    if tokenizer is None:
-        tokenizer = train_tokenizer(sample(sides["train"], _TOKENIZER_SAMPLE_BYTES), vocab_size)
-        log(f"data: trained a tokenizer of {tokenizer.vocab_size} ids")
-    tokenizer.save(folder / "tokenizer.json")
-    for side, documents in sides.items():
-        total_bytes = sum(document.size_bytes for document in documents)
-        write_store(folder, side, documents, tokenizer, _progress(side, total_bytes, log))
-    manifest = {
-        "made_by": _MADE_BY,
-        "config": identity,
-        "documents": {side: len(documents) for side, documents in sides.items()},
-        "bytes": {side: sum(item.size_bytes for item in documents) for side, documents in sides.items()},
-        "tokens": {side: len(load_store(folder, side).tokens) for side in _SIDES},
-        "skipped": [dataclasses.asdict(item) for item in corpus.skipped],
-        "fingerprint": corpus.fingerprint,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    log(f"data: prepared in {time.monotonic() - began:.1f} s")
-
-
-def _load(identity: dict[str, Any], folder: Path, log: Log) -> PreparedData:
-    manifest = _read_manifest(folder)
-    _check_same(manifest["config"], identity, folder)
-    tokens, size_bytes = manifest["tokens"], manifest["bytes"]["train"]
-    try:
-        definition = (folder / "tokenizer.json").read_bytes().decode("utf-8")
-        stores = {side: load_store(folder, side) for side in _SIDES}
-        for side, store in stores.items():
-            if len(store.tokens) != tokens[side]:
-                raise ValueError(f"{len(store.tokens)} {side} tokens instead of {tokens[side]}")
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(
-            f"{folder} is damaged ({error}): delete it, and the next start prepares it again"
-        ) from error
-    log(
-        f"data: {tokens['train']:,} training tokens of {size_bytes / tokens['train']:.2f} bytes, "
-        f"{tokens['heldout']:,} held out, in {folder}"
+def _own_set(config: DataConfig, vocab_size: int, folder: Path, kept: Path | None, log: Log) -> RunData:
+    """From text as it is: what is fit to be trained on is the user's choice here."""
+    settings = Settings(
+        inputs=config.paths,
+        quality="none",
+        near_duplicates=False,
+        heldout_fraction=config.heldout_fraction,
+        tokenizer=config.tokenizer,
+        vocab_size=vocab_size,
     )
-    tokenizer = Tokenizer(definition, source=str(folder / "tokenizer.json"))
-    return PreparedData(tokenizer, stores["train"], stores["heldout"], manifest)
+    given = None
+    if kept and not config.tokenizer:
+        given = load_tokenizer(kept, called=f"{kept}, the tokenizer that came with the weights,")
+    began, there = time.monotonic(), (folder / "manifest.json").exists()
+    prepare_set(folder, settings, lambda plan: run_here(plan, _watch(log)), names=_OF_A_RUN, given=given)
+    made = open_set(folder)
+    if given and given.definition != made.tokenizer.definition:
+        raise ConfigError(f"{folder} was prepared with another tokenizer than {kept}: use another workdir")
+    if not there:
+        _tell(made.manifest, time.monotonic() - began, log)
+    return only(made)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises ConfigError for a folder that something else made, perhaps the user's text itself."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["made_by"] != _MADE_BY:
-            raise ValueError(f"it was made by {manifest['made_by']}")
-        if missing := {"config", "tokens", "bytes", "fingerprint"} - manifest.keys():
-            raise ValueError(f"its manifest lacks {', '.join(sorted(missing))}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{folder} is where prepared data are kept and holds something else ({error!r}): "
-            "use another workdir, or delete the folder if nothing else is in it"
-        ) from error
-    return manifest
+def only(part: PreparedSet) -> RunData:
+    """The data of a run on one set."""
+    return RunData(part.tokenizer, (part,), (1.0,), part.manifest["fingerprint"])
 
 
-def _identity(config: DataConfig, tokenizer: Path | None, vocab_size: int) -> dict[str, Any]:
-    """The settings that decide what is in the folder, by the name that the user knows them by."""
-    kept = f"that of the weights, {zlib.crc32(tokenizer.read_bytes()):08x}" if tokenizer else ""
-    return {
-        "data.paths": list(config.paths),
-        "data.tokenizer": config.tokenizer or kept,
-        "data.heldout_fraction": config.heldout_fraction,
-        "model.vocab_size": vocab_size,
-    }
-
-
-def _check_same(prepared: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    for name, value in wanted.items():
-        if prepared[name] != value:
+def _given_sets(config: DataConfig, vocab_size: int, folder: Path) -> RunData:
+    sets = [open_set(Path(path).expanduser()) for path, _ in config.weighted_sets()]
+    tokenizer = sets[0].tokenizer
+    for other in sets[1:]:
+        if other.tokenizer.definition != tokenizer.definition:
             raise ConfigError(
-                f"{name}={value!r}, and {folder} was prepared with {prepared[name]!r}: use that value, another "
-                "workdir, or delete the folder if no run of it is to go on"
+                f"data.sets: {sets[0].folder} and {other.folder} have different tokenizers: prepare all with "
+                "--tokenizer of one"
             )
+    tokenizer.check_fits(vocab_size)
+    # Where exports and evaluation look for it, whatever becomes of the sets.
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "tokenizer.json.unfinished"
+    tokenizer.save(unfinished)
+    os.replace(unfinished, folder / "tokenizer.json")
+    weights = [weight for _, weight in config.weighted_sets()]
+    whole = hashlib.blake2b(digest_size=16)
+    for part, weight in zip(sets, weights, strict=True):
+        whole.update(f"{part.manifest['fingerprint']} {weight}".encode())
+    return RunData(tokenizer, tuple(sets), tuple(weights), whole.hexdigest())
 
 
-def _move(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        # Another process was first: what it prepared from the same settings serves as well.
-        if not folder.exists():
-            raise
+def _tell(manifest: dict[str, Any], seconds: float, log: Log) -> None:
+    counts = manifest["counts"]
+    log(
+        f"data: {counts['read']['documents']} documents, {counts['read']['bytes'] / 1e6:.1f} MB, prepared in "
+        f"{seconds:.1f} s"
+    )
+    for reason, count in manifest["rejected"].items():
+        if count:
+            log(f"data: left out {count}: {reason}")
 
 
-def _remove_abandoned(workdir: Path) -> None:
-    """Deletes temporary folders that a stopped process left; those of a process at work are recent."""
-    for folder in workdir.glob(".data-*"):
-        try:
-            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-        except OSError:
-            continue  # it was renamed or deleted in this moment
-        if time.time() - newest > _ABANDONED_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
+class _LogBar:
+    """A line every few seconds, and none for what takes less."""
+
+    def __init__(self, doing: str, size_bytes: int, log: Log):
+        self._doing, self._size_bytes, self._log = doing, size_bytes, log
+        self._done = 0
+        self._last = time.monotonic()
+
+    def advance(self, size_bytes: int, *, was_there: bool = False) -> None:
+        self._done += size_bytes
+        if time.monotonic() - self._last >= _PROGRESS_SECONDS:
+            self._last = time.monotonic()
+            self._log(f"data: {self._doing}, {self._done / 1e6:.1f} of {self._size_bytes / 1e6:.1f} MB")
 
 
-def _progress(side: str, total_bytes: int, log: Log) -> Callable[[int], None]:
-    last = time.monotonic()
+def _watch(log: Log) -> Callable[[str, int], contextlib.AbstractContextManager[Bar]]:
+    @contextlib.contextmanager
+    def watch(doing: str, size_bytes: int) -> Iterator[Bar]:
+        yield _LogBar(doing, size_bytes, log)
 
-    def report(done_bytes: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _PROGRESS_SECONDS:
-            last = time.monotonic()
-            log(f"data: tokenised {_megabytes(done_bytes)} of {_megabytes(total_bytes)} ({side})")
-
-    return report
-
-
-def _log_skipped(corpus: Corpus, log: Log) -> None:
-    for item in corpus.skipped[:5]:
-        log(f"data: skipped {item.name}: {item.reason}")
-    if len(corpus.skipped) > 5:
-        log(f"data: skipped {len(corpus.skipped) - 5} more, all listed in manifest.json")
-
-
-def _megabytes(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.1f} MB"
+    return watch

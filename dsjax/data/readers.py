@@ -6,6 +6,7 @@ Memory is that of the longest document that is let through, whatever the files h
 import bz2
 import contextlib
 import gzip
+import importlib
 import io
 import json
 import lzma
@@ -13,7 +14,9 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
+
+from dsjax.config import ConfigError
 
 _COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -27,6 +30,8 @@ class Part(NamedTuple):
     name: str  # what reports call the file
     start: int
     stop: int
+    size_bytes: int = 0  # its share of the work
+    stamp: tuple[int, int] | None = None  # size and modification time of the file that was found
 
 
 class Text(NamedTuple):
@@ -42,6 +47,16 @@ class Reject(NamedTuple):
     name: str
     reason: str
     sample: str = ""
+
+
+def needed(module: str, purpose: str) -> Any:
+    """A library of the extra ``[data]``; ConfigError where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{purpose} needs {error.name}, which is not installed: pip install 'dsjax[data]'"
+        ) from None
 
 
 def kind_of(path: Path) -> str:
@@ -68,7 +83,7 @@ def read(part: Part, *, text_field: str, most_bytes: int) -> Iterator[Text | Rej
             if kind == "jsonl":
                 yield from _json_lines(file, part, text_field, most_bytes)
             else:
-                yield _text(file, part, most_bytes)
+                yield from _texts(file, part, most_bytes)
     except _DAMAGED as error:
         reason = "unreadable" if isinstance(error, OSError) and error.errno else "damaged"
         yield Reject(part.name, reason, str(error)[:200])
@@ -78,8 +93,7 @@ def read(part: Part, *, text_field: str, most_bytes: int) -> Iterator[Text | Rej
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     ending = compression_of(path)
     if ending == ".zst":
-        import pyarrow
-
+        pyarrow = needed("pyarrow", str(path))
         # Of the libraries that read it, this one says where an archive was cut.
         with pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd") as stream:
             yield io.BufferedReader(stream)
@@ -88,11 +102,25 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _text(file: IO[bytes], part: Part, most_bytes: int) -> Text | Reject:
+def _texts(file: IO[bytes], part: Part, most_bytes: int) -> Iterator[Text | Reject]:
+    """The file as a document; a longer one is several, cut where lines end."""
     content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        return Reject(part.name, "too long")
-    return _decoded(content, part.name)
+    if len(content) <= most_bytes:
+        yield _decoded(content, part.name)
+        return
+    position = 0
+    while content:
+        size = content.rfind(b"\n", 0, most_bytes) + 1 if len(content) > most_bytes else len(content)
+        name = f"{part.name}:{position}"
+        if size:
+            yield _decoded(content[:size], name)
+            content = content[size:]
+        else:
+            size = len(content) + (0 if content.endswith(b"\n") else _skip_line(file))
+            yield Reject(name, "too long")
+            content = b""
+        position += size
+        content += file.read(most_bytes + 1 - len(content))
 
 
 def _decoded(content: bytes, name: str) -> Text | Reject:
@@ -157,9 +185,7 @@ def _checked(found: object, name: str, text_field: str, most_bytes: int) -> Text
 
 
 def _parquet(part: Part, text_field: str, most_bytes: int) -> Iterator[Text | Reject]:
-    import pyarrow
-    from pyarrow import parquet
-
+    pyarrow, parquet = needed("pyarrow", part.name), needed("pyarrow.parquet", part.name)
     try:
         with parquet.ParquetFile(part.path) as file:
             if text_field not in file.schema_arrow.names:

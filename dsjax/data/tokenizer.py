@@ -47,8 +47,8 @@ _EVERY_BYTE = "".join(chr(c) for points in (*_CODE_POINTS, range(0x10000, 0x1100
 class Tokenizer:
     """A byte-level BPE over ``tokenizers``: any text round-trips, and no text becomes a control token.
 
-    Fields: ``vocab_size``, one more than the largest id; ``bos_id``, ``eos_id``, ``pad_id``;
-    ``control_ids``, of every control token; ``token_bytes``, int32 [V], the bytes of UTF-8 that each token
+    Fields: ``vocab_size``, one more than the largest id; ``bos_id``, ``eos_id``, ``pad_id``; ``control_ids``, of every
+    control token; ``definition``, the text of its file; ``token_bytes``, int32 [V], the bytes of UTF-8 that each token
     stands for and 0 for control tokens, whose sum over a text's ids is the text's length in bytes.
     """
 
@@ -58,7 +58,7 @@ class Tokenizer:
         Errors: ConfigError if it is broken, lacks a control token, or does not keep text as it is.
         """
         self._source = source
-        self._definition = definition
+        self.definition = definition
         try:
             described = json.loads(definition)
             # "Not special" means in that file that text may spell the token. Here text never may.
@@ -84,11 +84,11 @@ class Tokenizer:
             raise ConfigError(f"{self._source} has no control token {name}: use a DeepSeek tokenizer.json")
         return token_id
 
-    def check_fits(self, vocab_size: int) -> None:
+    def check_fits(self, vocab_size: int, *, called: str = "model.vocab_size") -> None:
         """Raises ConfigError if there are ids that a model of ``vocab_size`` has no embedding for."""
         if self.vocab_size > vocab_size:
             raise ConfigError(
-                f"model.vocab_size={vocab_size} is less than the {self.vocab_size} ids of {self._source}: "
+                f"{called}={vocab_size} is less than the {self.vocab_size} ids of {self._source}: "
                 f"use at least {self.vocab_size}"
             )
 
@@ -103,7 +103,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Writes the ``tokenizer.json`` as it was given."""
-        path.write_text(self._definition, encoding="utf-8", newline="")
+        path.write_text(self.definition, encoding="utf-8", newline="")
 
     def _count_bytes(self) -> Int32[np.ndarray, "V"]:
         counts = np.zeros(self.vocab_size, np.int32)
@@ -144,7 +144,7 @@ def load_tokenizer(path: str | Path, *, called: str | None = None) -> Tokenizer:
     return Tokenizer(definition, source=called)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, called: str = "model.vocab_size") -> Tokenizer:
     """Trains a byte-level BPE of ``vocab_size`` ids, the control tokens first; fewer if the text gives fewer.
 
     Errors: ConfigError if ``vocab_size`` does not hold the control tokens and the 256 bytes.
@@ -153,7 +153,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     least = len(CONTROL_TOKENS) + len(alphabet)
     if vocab_size < least:
         raise ConfigError(
-            f"model.vocab_size={vocab_size} does not hold 256 bytes and {len(CONTROL_TOKENS)} "
+            f"{called}={vocab_size} does not hold 256 bytes and {len(CONTROL_TOKENS)} "
             f"control tokens: use at least {least}"
         )
     inner = tokenizers.Tokenizer(models.BPE())
@@ -173,4 +173,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
-    return Tokenizer(inner.to_str(), source="the tokenizer trained on data.paths")
+    return Tokenizer(inner.to_str(), source="the tokenizer trained on the text")

@@ -76,17 +76,18 @@ class _Reader:
 class ConcatWindows:
     """Every document of an epoch in random order, one after another, and windows of ``length + 1`` of their tokens.
 
-    A window begins at the last token of the one before, so every token is a target once; the last few of an epoch,
-    which fill no window, are left out. Isolated, no loss falls on predicting the next document's start.
+    A window begins at the last token of the one before, so every token is a target once an epoch; the last window is
+    filled up with padding. Isolated, no loss falls on predicting the next document's start.
 
-    Fields: ``count``, windows an epoch.
+    Fields: ``count``, windows an epoch; ``padding``, share of all places that no token stands in.
     """
 
     def __init__(self, documents: Documents, shape: Shape, controls: Controls):
         self._reader = _Reader(documents, shape, controls)
-        self._shape = shape
-        tokens = int(self._reader.whole_lengths.sum()) + FIM_TOKENS * self._reader.moved_an_epoch
-        self.count = (tokens - 1) // shape.length
+        self._shape, self._pad_id = shape, controls.pad
+        targets = int(self._reader.whole_lengths.sum()) + FIM_TOKENS * self._reader.moved_an_epoch - 1
+        self.count = -(-max(targets, 0) // shape.length)
+        self.padding = 1 - targets / (self.count * shape.length) if self.count else 0.0
         self._order = _kept(self._ordered)
 
     def _ordered(self, epoch: int) -> tuple[Int64[np.ndarray, "D"], Int64[np.ndarray, "D+1"]]:
@@ -95,14 +96,18 @@ class ConcatWindows:
         order = self._reader.rng(epoch, 0).permutation(len(lengths))
         return order, np.concatenate([[0], np.cumsum(lengths[order])])
 
+    def packing(self) -> str:
+        """How documents became windows, in words."""
+        return f"{self.count:,} windows an epoch, {self.padding:.2%} padding"
+
     def window(self, epoch: int, number: int) -> Batch:
         """The window at place ``number`` of an epoch, 0 to ``count - 1``."""
         length, (order, starts) = self._shape.length, self._order(epoch)
         first = self._reader.shuffled(epoch, number, self.count) * length
-        stop = first + length + 1
+        stop = min(first + length + 1, int(starts[-1]))
         low = int(np.searchsorted(starts, first, "right")) - 1
         high = int(np.searchsorted(starts, stop))
-        parts, begins = [], np.zeros(length + 1, bool)
+        parts, begins = [], np.zeros(stop - first, bool)
         for place in range(low, high):
             begin = int(starts[place])
             part = (max(first - begin, 0), min(stop, int(starts[place + 1])) - begin)
@@ -110,14 +115,14 @@ class ConcatWindows:
             begins[max(begin - first, 0)] = begin >= first and self._shape.isolate
         span = np.concatenate(parts)
         begins[0] = False
-        places = np.arange(length + 1, dtype=np.int32)
-        return Batch(
-            tokens=span[:-1],
-            targets=span[1:],
-            segment_ids=(1 + np.cumsum(begins, dtype=np.int32))[:-1],
-            positions=(places - np.maximum.accumulate(np.where(begins, places, 0)))[:-1],
-            loss_mask=1 - begins[1:].astype(np.float32),
-        )
+        places = np.arange(len(span), dtype=np.int32)
+        batch = empty_batch((length,), self._pad_id)
+        filled = slice(len(span) - 1)
+        batch["tokens"][filled], batch["targets"][filled] = span[:-1], span[1:]
+        batch["segment_ids"][filled] = (1 + np.cumsum(begins, dtype=np.int32))[:-1]
+        batch["positions"][filled] = (places - np.maximum.accumulate(np.where(begins, places, 0)))[:-1]
+        batch["loss_mask"][filled] = 1 - begins[1:]
+        return batch
 
 
 class PackedWindows:
@@ -126,8 +131,8 @@ class PackedWindows:
     Each document's last token is a target only, so one of ``length + 1`` tokens fits. What fits is decided once for all
     epochs; with ``fim_rate`` every document is given the room of one whose middle is moved.
 
-    Fields: ``count``, windows an epoch; ``cut``, documents longer than a window; ``padding``, share of all places that
-    no token stands in, the room for moved middles not counted.
+    Fields: ``count``, windows an epoch; ``documents`` of the set; ``cut``, how many are longer than a window;
+    ``padding``, share of all places that no token stands in, the room for moved middles not counted.
     """
 
     def __init__(self, documents: Documents, shape: Shape, controls: Controls):
@@ -137,6 +142,7 @@ class PackedWindows:
             self._reader.whole_lengths + (FIM_TOKENS if shape.fim_rate else 0) - 1
         )  # places of their inputs
         whole, rest = rooms // shape.length, rooms % shape.length
+        self.documents = len(rooms)
         self.cut = int(np.count_nonzero(rooms > shape.length))
         full = np.repeat(np.arange(len(rooms)), whole)
         firsts = np.concatenate([[0], np.cumsum(whole)])
@@ -144,6 +150,11 @@ class PackedWindows:
         self._bins += _best_fit(rest, whole, shape.length)
         self.count = len(self._bins)
         self.padding = 1 - int(rooms.sum()) / (self.count * shape.length) if self.count else 0.0
+
+    def packing(self) -> str:
+        """How documents became windows, in words."""
+        cut = f"{self.cut:,} of {self.documents:,} documents cut"
+        return f"{self.count:,} windows an epoch, {self.padding:.2%} padding, {cut}"
 
     def window(self, epoch: int, number: int) -> Batch:
         """The window at place ``number`` of an epoch, 0 to ``count - 1``."""

@@ -11,7 +11,8 @@ from dsjax.checkpoint.store import CheckpointStore
 from dsjax.checkpoint.workdir import changes_since
 from dsjax.config import ConfigError, RunConfig
 from dsjax.config.load import Command
-from dsjax.data import heldout_batches, prepare
+from dsjax.data.loader import heldout_batches
+from dsjax.data.preparation import data_of_run
 from dsjax.evals.heldout import heldout_loss
 from dsjax.inference.text import complete
 from dsjax.models.transformer import Transformer
@@ -25,17 +26,17 @@ def run(command: Command) -> None:
     config, workdir = command
     changes_since(config, workdir)  # refuses another model
     model, step = load_model(config, workdir)
-    prepared = prepare(
+    data = data_of_run(
         config.data, vocab_size=config.model.vocab_size, workdir=workdir, tokenizer=kept_tokenizer(workdir)
     )
     batches = heldout_batches(
-        prepared,
+        data,
+        config.data,
         batch_size=config.train.batch_size,
         sequence_length=config.train.sequence_length,
-        isolate_documents=config.data.isolate_documents,
         batches=config.eval.batches,
     )
-    loss = heldout_loss(model, batches, prepared.tokenizer.token_bytes)
+    loss = heldout_loss(model, batches, data.tokenizer.token_bytes)
     figures = {
         "step": step,
         "eval/loss": loss.nats_per_token,
@@ -48,7 +49,7 @@ def run(command: Command) -> None:
         f"over {loss.tokens:,} held-out tokens"
     )
     if config.eval.sample_tokens:
-        print(complete(model, prepared.tokenizer, config.eval, seed=config.seed))
+        print(complete(model, data.tokenizer, config.eval, seed=config.seed))
 
 
 def load_model(config: RunConfig, workdir: Path) -> tuple[Transformer, int]:

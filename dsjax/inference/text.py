@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.config import EvalConfig
-from dsjax.data import Tokenizer
+from dsjax.data.tokenizer import Tokenizer
 from dsjax.inference.generate import generate
 from dsjax.models.transformer import Transformer
 

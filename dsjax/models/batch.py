@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 
 class DeviceBatch(TypedDict):
-    """A batch of the loader as arrays of the device; the fields are those of ``dsjax.data.Batch``."""
+    """A batch of the loader as arrays of the device; the fields are those of ``dsjax.data.windows.Batch``."""
 
     tokens: Int[Array, "B T"]
     targets: Int[Array, "B T"]  # the next token

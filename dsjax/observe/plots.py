@@ -1,7 +1,7 @@
-"""The picture of a run, from its ``metrics.jsonl``."""
+"""Pictures: of a run, from its ``metrics.jsonl``, and of the documents it trains on."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,40 @@ def loss_plot(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[
         axes.set_xlim(0, max(lines[-1]["step"], 1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
+    figure.savefig(png_path, dpi=150)
+
+
+def length_histogram(
+    lengths: Mapping[str, np.ndarray], sequence_length: int, png_path: str | os.PathLike[str]
+) -> None:
+    """Draws how many tokens stand in documents of which length, for each source, and where a sequence ends.
+
+    ``lengths`` are tokens of documents. Bars are by tokens, not by documents: it is tokens that training reads.
+    """
+    longest = max([sequence_length, *(int(own.max(initial=1)) for own in lengths.values())])
+    edges = 2.0 ** np.arange(np.ceil(np.log2(longest)) + 1.01)
+    figure = Figure(figsize=(7.2, 3.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.hist(
+        list(lengths.values()), edges, weights=list(lengths.values()), stacked=True, label=list(lengths)
+    )
+    axes.axvline(sequence_length, color=_GREY, linestyle="--", linewidth=1)
+    axes.annotate(
+        f"sequence {sequence_length:,}",
+        (sequence_length, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -10),
+        textcoords="offset points",
+        color=_GREY,
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_title("Tokens by the length of their document", loc="left")
+    axes.set_xlabel("tokens of a document")
+    axes.set_ylabel("tokens")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False)
     figure.savefig(png_path, dpi=150)
 
 

@@ -27,7 +27,10 @@ class QuietlyBrokenConsole(Console):
 
 
 class Transfer:
-    """Shows bytes done, bytes a second and the time left, while the ``with`` block runs; threads may share it."""
+    """Shows bytes done, bytes a second and the time left, while the ``with`` block runs; threads may share it.
+
+    Where there are none to count, it shows that the work goes on, and how long it took.
+    """
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class Transfer:
             self._bar = RichProgress(
                 TextColumn("{task.description}"), BarColumn(bar_width=None), *columns, console=self._console
             )
-            self._task = self._bar.add_task(title, total=total_bytes)
+            self._task = self._bar.add_task(title, total=total_bytes or None)
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -76,7 +79,9 @@ class Transfer:
         self._last_line = now
         seconds = max(now - self._start, 1e-9)
         speed = (self._done - self._skipped) / seconds
-        line = f"{self._title}: {decimal(self._done)} of {decimal(self._total)}, {decimal(int(speed))}/s"
+        line = self._title
+        if self._total:
+            line += f": {decimal(self._done)} of {decimal(self._total)}, {decimal(int(speed))}/s"
         if self._done < self._total and speed:
             line += f", {duration((self._total - self._done) / speed)} left"
         elif self._done == self._total:

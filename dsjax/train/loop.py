@@ -15,7 +15,9 @@ from dsjax.checkpoint.initial import Initial, initial_model, kept_tokenizer, ope
 from dsjax.checkpoint.store import CheckpointStore, has_checkpoint
 from dsjax.config import RunConfig
 from dsjax.config.load import Command
-from dsjax.data import Batch, PreparedData, heldout_batches, prepare, train_batches
+from dsjax.data.loader import heldout_batches, train_batches, train_windows
+from dsjax.data.preparation import RunData, data_of_run
+from dsjax.data.windows import Batch
 from dsjax.evals.heldout import heldout_loss
 from dsjax.inference.text import complete
 from dsjax.models.batch import DeviceBatch
@@ -41,15 +43,15 @@ def run(command: Command) -> None:
         with ThreadPoolExecutor(1) as background:
             # ---------------------------------------------------- compile while the text is prepared
             compiled = background.submit(_compile_train_step, config)
-            prepared = prepare(
+            data = data_of_run(
                 config.data,
                 vocab_size=config.model.vocab_size,
                 workdir=workdir,
                 tokenizer=kept_tokenizer(workdir),
             )
-            workdirs.remember_text(prepared.manifest["fingerprint"], workdir)
+            workdirs.remember_text(data.fingerprint, workdir)
             try:
-                Run(config, workdir, initial, prepared, compiled, stop, start).go()
+                Run(config, workdir, initial, data, compiled, stop, start).go()
             except Diverged as diagnosis:
                 print(diagnosis, file=sys.stderr)
                 sys.exit(1)
@@ -84,22 +86,23 @@ class Run:
         config: RunConfig,
         workdir: Path,
         initial: Initial | None,
-        prepared: PreparedData,
+        data: RunData,
         compiled: Future[tuple[Any, float]],
         stop: StopSignal,
         start: float,
     ):
-        self.config, self.workdir, self.prepared, self.stop = config, workdir, prepared, stop
+        self.config, self.workdir, self.data, self.stop = config, workdir, data, stop
         self.initial = initial
         self.compiled, self.start = compiled, start
         self.store = CheckpointStore(workdir, keep=config.checkpoint.keep)
-        shape = {
-            "batch_size": config.train.batch_size,
-            "sequence_length": config.train.sequence_length,
-            "isolate_documents": config.data.isolate_documents,
-        }
-        self.batches: grain.DatasetIterator[Batch] = train_batches(prepared, seed=config.seed, **shape)
-        self.heldout = heldout_batches(prepared, batches=config.eval.batches, **shape)
+        batch_size, length = config.train.batch_size, config.train.sequence_length
+        windows = train_windows(data, config.data, sequence_length=length, seed=config.seed)
+        for part, own in zip(data.sets, windows.sets, strict=True):
+            print(f"data: {part.folder}: {own.packing()}")
+        self.batches: grain.DatasetIterator[Batch] = train_batches(windows, batch_size=batch_size)
+        self.heldout = heldout_batches(
+            data, config.data, batch_size=batch_size, sequence_length=length, batches=config.eval.batches
+        )
         peak = config.log.peak_flops or peak_flops(jax.devices()[0]).flops_per_second
         self.throughput = Throughput(
             flops_per_token=train_flops_per_token(config.model, config.train.sequence_length),
@@ -235,7 +238,7 @@ class Run:
         )
 
     def _token_bytes(self) -> np.ndarray:
-        return self.prepared.tokenizer.token_bytes
+        return self.data.tokenizer.token_bytes
 
     def _save(self, step: int, state: TrainState) -> None:
         """Starts a checkpoint, unless the last steps were skipped: then the one before them stays the newest."""
@@ -253,7 +256,7 @@ class Run:
         settings = self.config.eval
         if settings.sample_tokens:
             with self.progress.doing("sampling"):
-                text = complete(state.model, self.prepared.tokenizer, settings, seed=self.config.seed)
+                text = complete(state.model, self.data.tokenizer, settings, seed=self.config.seed)
             (self.workdir / "sample.txt").write_text(text + "\n", encoding="utf-8")
             self.progress.say(f"\n----- sample -----\n{text}\n------------------\n")
         self.progress.say(

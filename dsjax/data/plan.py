@@ -1,0 +1,176 @@
+"""What is prepared and how the work is divided: decided first, kept beside the work, the same for every process of it.
+
+A prepared set is a folder: ``manifest.json``, written last, ``tokenizer.json``, ``rejects.jsonl`` and the shards
+``train-00000`` … and ``heldout-00000`` …; ``work/`` is there as long as it is not whole.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from dsjax.config import ConfigError
+from dsjax.data.inputs import find_tasks
+from dsjax.data.readers import Part, Reject
+from dsjax.data.tokenizer import Tokenizer, load_tokenizer
+
+# Raised by whoever changes what the files hold, so that old ones are refused instead of misread.
+MADE_BY = "dsjax.data 2"
+Quality = Literal["auto", "prose", "code", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a prepared set holds, but the files and the tokenizer themselves."""
+
+    inputs: tuple[str, ...] = ()  # files, folders, globs; none: the library sources of the running Python
+    text_field: str = "text"  # of JSON lines and parquet
+    max_document_bytes: int = 16 << 20
+    quality: Quality = "auto"
+    near_duplicates: bool = True  # whether they are removed
+    heldout_fraction: float = 0.02  # of the documents, by a hash of their text
+    tokenizer: str = ""  # a tokenizer.json; "": one is trained
+    vocab_size: int = 0  # of one that is trained; of the model, which a given one must fit; 0: any
+    seed: int = 0  # of the held-out documents and of the sample that a tokenizer is trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """What the user calls the settings."""
+
+    prefix: str = "--"
+    inputs: str = "--input"
+    vocab_size: str = "--vocab-size"
+
+    def of(self, field: str) -> str:
+        """The name of a field of ``Settings``."""
+        if field in ("inputs", "vocab_size"):
+            return getattr(self, field)
+        return self.prefix + (field.replace("_", "-") if self.prefix == "--" else field)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The work on one set."""
+
+    folder: Path
+    settings: Settings
+    tasks: list[list[Part]]
+    rejects: list[Reject]  # files that cannot be read
+    tokenizer_hash: str  # of the file that was given, or ""
+
+    @property
+    def work(self) -> Path:
+        """Where results stand between stages."""
+        return self.folder / "work"
+
+    def size_bytes(self, task: int) -> int:
+        """The work of reading that there is in a task."""
+        return sum(part.size_bytes for part in self.tasks[task])
+
+    def save(self) -> None:
+        """Writes it for other processes."""
+        fields = {name: value for name, value in vars(self).items() if name != "folder"}
+        write_json(self.work / "plan.json", {"made_by": MADE_BY, **fields, "settings": vars(self.settings)})
+
+
+def load_plan(folder: Path) -> Plan:
+    """What ``begin`` wrote in a folder. Errors: ConfigError if it cannot be read."""
+    path = folder / "work" / "plan.json"
+    try:
+        return _parsed(folder, path.read_bytes(), MADE_BY)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not the plan of a work that can go on ({error!r}): delete {path.parent} to begin again"
+        ) from None
+
+
+@functools.lru_cache(1)  # every task of a worker asks
+def _parsed(folder: Path, content: bytes, made_by: str) -> Plan:
+    read = json.loads(content)
+    if read["made_by"] != made_by:
+        raise ValueError(f"it was made by {read['made_by']}")
+    settings = Settings(**read["settings"] | {"inputs": tuple(read["settings"]["inputs"])})
+    tasks = [[_part(*fields) for fields in task] for task in read["tasks"]]
+    rejects = [Reject(*fields) for fields in read["rejects"]]
+    return Plan(folder, settings, tasks, rejects, read["tokenizer_hash"])
+
+
+def _part(path: str, name: str, start: int, stop: int, size_bytes: int, stamp: list[int]) -> Part:
+    return Part(Path(path), name, start, stop, size_bytes, (stamp[0], stamp[1]))
+
+
+def begin(folder: Path, settings: Settings, names: Names, given: Tokenizer | None = None) -> Plan:
+    """The plan of a folder that is not whole yet: a new one, or that of a work which was interrupted.
+
+    ``given`` is the tokenizer to use where ``settings`` names no file of one.
+
+    Errors: ConfigError for inputs and tokenizers that cannot be used, for a folder in which something else stands, and
+    for a work that was begun with other settings or files.
+    """
+    if settings.tokenizer:
+        given = load_tokenizer(settings.tokenizer, called=f"{names.of('tokenizer')}={settings.tokenizer!r}")
+    if given and settings.vocab_size:
+        given.check_fits(settings.vocab_size, called=names.vocab_size)
+    tokenizer_hash = hashlib.blake2b(given.definition.encode(), digest_size=16).hexdigest() if given else ""
+    tasks, rejects = find_tasks(settings.inputs, names.inputs)
+    wanted = Plan(folder, settings, tasks, rejects, tokenizer_hash)
+    if (folder / "work" / "plan.json").exists():
+        begun = load_plan(folder)
+        check_same(vars(begun.settings), settings, names, begun.work)
+        if begun != wanted:
+            what = "files" if begun.tokenizer_hash == tokenizer_hash else "tokenizer"
+            raise ConfigError(f"{begun.work} was begun with other {what}: delete it to begin again")
+        return begun
+    if others := sorted(path.name for path in folder.iterdir() if path.name not in ("work", ".lock")):
+        raise ConfigError(
+            f"{folder} is where a prepared set is to be and holds something else ({', '.join(others[:3])}): "
+            "use another folder, or delete this one if nothing else is in it"
+        )
+    shutil.rmtree(wanted.work, ignore_errors=True)
+    wanted.work.mkdir()
+    if given:
+        given.save(wanted.work / "tokenizer.json")
+    wanted.save()
+    return wanted
+
+
+def check_same(prepared: dict[str, Any], wanted: Settings, names: Names, folder: Path) -> None:
+    """Raises ConfigError where a folder was prepared with other settings."""
+    for field, value in vars(wanted).items():
+        before = tuple(prepared[field]) if isinstance(value, tuple) else prepared[field]
+        if before != value:
+            raise ConfigError(
+                f"{names.of(field)}={value!r}, and {folder} was prepared with {before!r}: use that value, another "
+                "folder, or delete this one if nothing needs it"
+            )
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps other processes from working in it, which wait until this one ends however it may."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be made or written ({error.strerror}): name another folder"
+        ) from None
+    with file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.unfinished")
+    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,155 @@
+"""Second stage: which documents are kept, and which of them are held out; ``work/sides.npz`` and ``sides.json``."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int8, Int64, UInt8
+
+from dsjax.config import ConfigError
+from dsjax.data.cleaning import Account, Cleaned
+from dsjax.data.plan import Plan, write_json
+from dsjax.data.readers import Reject, needed
+
+TRAIN, HELDOUT, REPEATED = 0, 1, -1
+_SAMPLES = 100
+
+
+class Sides(NamedTuple):
+    """The documents of all tasks, in order, and what becomes of them.
+
+    ``side``: ``TRAIN``, ``HELDOUT``, or ``REPEATED`` for those that repeat an earlier one. ``cut_tails``: every
+    document is for training but for its tail, as the hash would have left one side without any. ``firsts``: number of
+    each task's first document, and of all documents.
+    """
+
+    side: Int8[np.ndarray, "D"]
+    cut_tails: bool
+    firsts: Int64[np.ndarray, "N+1"]
+
+    def of(self, task: int) -> Int8[np.ndarray, "D"]:
+        """Those of a task."""
+        return self.side[self.firsts[task] : self.firsts[task + 1]]
+
+
+def load_sides(plan: Plan) -> Sides:
+    """What ``select`` decided."""
+    stored = np.load(plan.work / "sides.npz")
+    return Sides(stored["side"], bool(stored["cut_tails"]), stored["firsts"])
+
+
+def select(plan: Plan, report: Callable[[int], None]) -> None:
+    """Removes what repeats an earlier document, word for word or nearly, and holds some documents out.
+
+    A document is held out by a hash of its text alone, so that other files do not move it across.
+
+    Errors: ConfigError where no document is left.
+    """
+    account = Account()
+    cleaned = [Cleaned(plan, task) for task in range(len(plan.tasks))]
+    firsts = np.concatenate([[0], np.cumsum([len(task.sizes) for task in cleaned], dtype=np.int64)])
+    digests, sizes = (
+        np.concatenate([getattr(task, name) for task in cleaned]) for name in ("digests", "sizes")
+    )
+    if not len(sizes):
+        raise _nothing_left(plan, cleaned)
+    repeated = _first_equal(digests)
+    _account_for(account, "exact duplicate", repeated, cleaned, firsts)
+    account.counts["without_exact_duplicates"] = _count(sizes[repeated < 0])
+    if plan.settings.near_duplicates:
+        near = _first_alike(cleaned, repeated, sizes, report)
+        _account_for(account, "near-duplicate", near, cleaned, firsts)
+        repeated = np.maximum(repeated, near)
+        account.counts["without_near_duplicates"] = _count(sizes[repeated < 0])
+    side = np.where(repeated >= 0, REPEATED, _sides(digests, plan)).astype(np.int8)
+    cut_tails = not (np.any(side == TRAIN) and np.any(side == HELDOUT))
+    side = np.where(cut_tails & (side != REPEATED), TRAIN, side)
+    path = plan.work / "sides.npz"
+    with (unfinished := path.with_name("sides.npz.unfinished")).open("wb") as file:
+        np.savez(file, side=side, cut_tails=cut_tails, firsts=firsts)
+    os.replace(unfinished, path)
+    write_json(path.with_suffix(".json"), vars(account))
+
+
+def bytes_to_compare(plan: Plan) -> int:
+    """The work of ``select``."""
+    if not plan.settings.near_duplicates:
+        return 0
+    return sum(int(Cleaned(plan, task).sizes.sum()) for task in range(len(plan.tasks)))
+
+
+def _sides(digests: UInt8[np.ndarray, "D 16"], plan: Plan) -> Int8[np.ndarray, "D"]:
+    """By the first 8 bytes of the hash, which another seed reads in another way."""
+    numbers = digests[:, :8].copy().view(">u8")[:, 0].astype(np.uint64)
+    if plan.settings.seed:
+        salt = np.random.default_rng(plan.settings.seed).integers(2**64, dtype=np.uint64)
+        numbers ^= salt
+    return np.where(numbers < plan.settings.heldout_fraction * 2.0**64, HELDOUT, TRAIN).astype(np.int8)
+
+
+def _first_equal(digests: UInt8[np.ndarray, "D 16"]) -> Int64[np.ndarray, "D"]:
+    """For each document the number of the first with the same text, or -1 if it is that."""
+    whole = np.ascontiguousarray(digests).view("V16")[:, 0]
+    _, first, which = np.unique(whole, return_index=True, return_inverse=True)
+    return np.where(first[which] < np.arange(len(whole)), first[which], -1)
+
+
+def _first_alike(
+    cleaned: list[Cleaned],
+    repeated: Int64[np.ndarray, "D"],
+    sizes: Int64[np.ndarray, "D"],
+    report: Callable[[int], None],
+) -> Int64[np.ndarray, "D"]:
+    """The same for those that nearly repeat one; what has the text of another is not looked at."""
+    repeats = needed("dsjax.data.near_duplicates", "removing near-duplicates").repeats
+    kept = np.flatnonzero(repeated < 0)
+
+    def signatures() -> Iterator[object]:
+        every = itertools.chain.from_iterable(task.signatures() for task in cleaned)
+        for number, signature in enumerate(every):
+            if repeated[number] < 0:
+                yield signature
+            report(int(sizes[number]))
+
+    found = np.array(repeats(signatures()), np.int64)
+    alike = np.full(len(repeated), -1)
+    alike[kept] = np.where(found >= 0, kept[found], -1)
+    return alike
+
+
+def _count(sizes: Int64[np.ndarray, "D"]) -> dict[str, int]:
+    return {"documents": len(sizes), "bytes": int(sizes.sum())}
+
+
+def _account_for(
+    account: Account,
+    reason: str,
+    repeated: Int64[np.ndarray, "D"],
+    cleaned: list[Cleaned],
+    firsts: Int64[np.ndarray, "N+1"],
+) -> None:
+    """Counts what is repeated, and names some with what they repeat."""
+    account.reasons[reason] = int(np.count_nonzero(repeated >= 0))
+
+    def name(number: int) -> str:
+        task = int(np.searchsorted(firsts, number, "right")) - 1
+        return cleaned[task].names()[number - int(firsts[task])]
+
+    for number in np.flatnonzero(repeated >= 0)[:_SAMPLES].tolist():
+        account.samples.append(Reject(name(number), reason, f"repeats {name(int(repeated[number]))}"))
+
+
+def _nothing_left(plan: Plan, cleaned: list[Cleaned]) -> ConfigError:
+    reasons: dict[str, int] = {}
+    for item in plan.rejects:
+        reasons[item.reason] = reasons.get(item.reason, 0) + 1
+    for task in cleaned:
+        for reason, count in task.account["reasons"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "there was none"
+    return ConfigError(
+        f"no document is left of {','.join(plan.settings.inputs)} ({told}): look at {plan.work}/clean-*.json, "
+        "and name other text or other filters"
+    )
