@@ -5,7 +5,15 @@
 Hardware: two CPU cores. Time: about three minutes. Result: 1.8 bits per byte on held-out text, 4.0 untrained.
 """
 
-from dsjax.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig, TrainConfig, presets
+from dsjax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    presets,
+)
 
 
 def get_config() -> RunConfig:
@@ -16,6 +24,7 @@ def get_config() -> RunConfig:
         optimizer=OptimizerConfig(
             lr=4e-3, lr_floor=2e-4, warmup_steps=20, cosine_start_step=60, cosine_end_step=steps
         ),
+        data=DataConfig(fim_rate=0.0),  # of 256 tokens there is no middle worth moving
         train=TrainConfig(steps=steps, batch_size=8, sequence_length=256),
         eval=EvalConfig(every_steps=50, batches=4, sample_prompt="def __init__(self"),
         checkpoint=CheckpointConfig(every_steps=50),

@@ -165,18 +165,22 @@ class Cleaned:
 
     def __init__(self, plan: Plan, task: int):
         self._path = plan.work / f"clean-{task:05}.array_record"
-        self._stored = np.load(self._path.with_suffix(".npz"))
-        self.sizes: Int64[np.ndarray, "D"] = self._stored["sizes"]
-        self.digests: UInt8[np.ndarray, "D 16"] = self._stored["digests"]
+        self.sizes: Int64[np.ndarray, "D"] = self._stored("sizes")
+        self.digests: UInt8[np.ndarray, "D 16"] = self._stored("digests")
         self.account: dict[str, Any] = json.loads(self._path.with_suffix(".json").read_bytes())
 
     def names(self) -> list[str]:
         """What reports call the documents."""
-        return json.loads(self._stored["names"].tobytes())
+        return json.loads(self._stored("names").tobytes())
 
     def signatures(self) -> UInt32[np.ndarray, "D 256"]:
         """What near-duplicates are found by."""
-        return self._stored["signatures"]
+        return self._stored("signatures")
+
+    def _stored(self, name: str) -> Any:
+        # Closed again each time: there may be more tasks than files that a process may have open.
+        with np.load(self._path.with_suffix(".npz")) as stored:
+            return stored[name]
 
     def texts(self, numbers: Int64[np.ndarray, "N"]) -> Iterator[str]:
         """Documents by number, a few megabytes of them in memory."""

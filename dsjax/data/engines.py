@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 from dsjax.config import ConfigError
 from dsjax.data.plan import Plan, load_plan
 from dsjax.data.readers import needed
-from dsjax.data.stages import STAGES, Stage, run_task
+from dsjax.data.stages import STAGES, Stage
 
 _POLL_SECONDS = 0.2
 
@@ -40,10 +41,10 @@ Watch = Callable[
 
 def run_here(plan: Plan, watch: Watch) -> None:
     """Does the work in this process, on all cores where the tokenizer uses them."""
-    for stage in STAGES:
-        with _begun(stage, plan, watch) as (bar, pending):
+    for stage, pending in _stages_to_do(plan):
+        with _begun(stage, plan, pending, watch) as bar:
             for task in pending:
-                run_task(stage, plan, task, bar.advance)
+                stage.run(plan, task, bar.advance)
 
 
 def run_processes(plan: Plan, watch: Watch, workers: int) -> None:
@@ -56,15 +57,14 @@ def run_processes(plan: Plan, watch: Watch, workers: int) -> None:
     try:
         with ProcessPoolExecutor(workers, context, _begin_worker, (done,)) as pool:
             try:
-                for place, stage in enumerate(STAGES):
-                    with _begun(stage, plan, watch) as (bar, pending):
+                for stage, pending in _stages_to_do(plan):
+                    with _begun(stage, plan, pending, watch) as bar:
                         if stage.tasks(plan) == 1:
-                            for task in pending:
-                                run_task(stage, plan, task, bar.advance)
+                            stage.run(plan, 0, bar.advance)
                             continue
                         done.value = 0
                         _watched(
-                            [pool.submit(_work, plan.folder, place, task) for task in pending], done, bar
+                            [pool.submit(_work, plan.folder, stage.name, task) for task in pending], done, bar
                         )
             except BaseException:
                 # Else the pool would wait for tasks under way, which may take minutes.
@@ -79,16 +79,20 @@ def run_processes(plan: Plan, watch: Watch, workers: int) -> None:
         ) from None
 
 
+def _stages_to_do(plan: Plan) -> Iterator[tuple[Stage, list[int]]]:
+    """One after another, the stages that have tasks which no earlier start did, and these."""
+    for stage in STAGES:
+        if pending := [task for task in range(stage.tasks(plan)) if not stage.is_done(plan, task)]:
+            yield stage, pending
+
+
 @contextlib.contextmanager
-def _begun(stage: Stage, plan: Plan, watch: Watch) -> Iterator[tuple[Bar, list[int]]]:
-    """A bar for a stage, and the tasks that are not done yet."""
-    tasks = range(stage.tasks(plan))
-    pending = [task for task in tasks if not stage.is_done(plan, task)]
-    sizes = [stage.work_bytes(plan, task) for task in tasks] if pending else []
+def _begun(stage: Stage, plan: Plan, pending: list[int], watch: Watch) -> Iterator[Bar]:
+    """A bar for a stage, on which what is done already is shown."""
+    sizes = [stage.work_bytes(plan, task) for task in range(stage.tasks(plan))]
     with watch(stage.doing, sum(sizes)) as bar:
-        if pending:
-            bar.advance(sum(sizes) - sum(sizes[task] for task in pending), was_there=True)
-        yield bar, pending
+        bar.advance(sum(sizes) - sum(sizes[task] for task in pending), was_there=True)
+        yield bar
 
 
 def _watched(futures: list[Future[None]], done: Any, bar: Bar) -> None:
@@ -110,7 +114,6 @@ def _begin_worker(done: Any) -> None:
     global _done
     _done = done
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a word: the parent says what there is to say
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has its core
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -122,13 +125,19 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(folder: Path, place: int, task: int) -> None:
+def _work(folder: Path, name: str, task: int) -> None:
+    """Does a task of the stage of that name, unless it is done."""
+
     def report(size_bytes: int) -> None:
         if _done is not None:
             with _done.get_lock():
                 _done.value += size_bytes
 
-    run_task(STAGES[place], load_plan(folder), task, report)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has its core
+    (stage,) = (stage for stage in STAGES if stage.name == name)
+    plan = load_plan(folder)
+    if not stage.is_done(plan, task):
+        stage.run(plan, task, report)
 
 
 # ---------------------------------------------------------------- clusters
@@ -146,9 +155,9 @@ def run_ray(plan: Plan, watch: Watch, address: str) -> None:
         raise ConfigError(f"--ray-address={address} cannot be reached ({error}): start Ray there") from None
     work = ray.remote(num_cpus=1)(_work)
     try:
-        for place, stage in enumerate(STAGES):
-            with _begun(stage, plan, watch) as (bar, pending):
-                waiting = {work.remote(plan.folder, place, task): task for task in pending}
+        for stage, pending in _stages_to_do(plan):
+            with _begun(stage, plan, pending, watch) as bar:
+                waiting = {work.remote(plan.folder, stage.name, task): task for task in pending}
                 while waiting:
                     (first,), _ = ray.wait(list(waiting))
                     ray.get(first)
@@ -169,14 +178,15 @@ class Step:
 
     def __call__(self, documents: object = None, rank: int = 0, world_size: int = 1) -> None:
         """Does a task; documents come from the folder."""
-        (place,) = (place for place, stage in enumerate(STAGES) if stage.name == self.name)
-        _work(self.folder, place, rank)
+        _work(self.folder, self.name, rank)
 
 
 def submit_slurm(plan: Plan, *, partition: str, time_limit: str, memory_gb: int, at_once: int) -> list[str]:
     """Submits the stages as Slurm jobs, each after the one before, by datatrove; returns the ids of these jobs.
 
     Logs and scripts stand in ``FOLDER.slurm``.
+
+    Errors: ConfigError where Slurm does not take a job.
     """
     executor_of = needed("datatrove.executor.slurm", "--engine=slurm").SlurmPipelineExecutor
     jobs = []
@@ -194,6 +204,15 @@ def submit_slurm(plan: Plan, *, partition: str, time_limit: str, memory_gb: int,
             depends=jobs[-1] if jobs else None,
             env_command=f"export PATH={Path(sys.executable).parent}:$PATH",
         )
-        job.run()
+        try:
+            job.run()
+        except FileNotFoundError:
+            raise ConfigError(
+                "--engine=slurm: sbatch is not on this machine: run this where jobs are submitted"
+            ) from None
+        except subprocess.CalledProcessError as error:
+            raise ConfigError(
+                f"--engine=slurm: {' '.join(error.cmd)} failed: see what it says above"
+            ) from None
         jobs.append(job)
     return [job.job_id for job in jobs]

@@ -23,7 +23,7 @@ _ONE_CHARACTER = re.compile(f"[{_EAST_ASIAN}]")
 _WORDS = re.compile(rf"[{_EAST_ASIAN}]|[^\s{_EAST_ASIAN}]+")
 _MACHINE_WRITTEN = re.compile(
     r"@generated|do not (?:edit|modify)|auto-?generated|automatically generated|machine generated"
-    r"|(?:code|file|codec \S+) (?:is |was )?generated",
+    r"|\b(?:code|file|codec \S+) (?:is |was )?generated",
     re.IGNORECASE,
 )
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")
@@ -78,11 +78,14 @@ def _is_east_asian(text: str) -> bool:
 
 @functools.cache
 def _prose_filters(east_asian: bool) -> tuple[GopherRepetitionFilter | GopherQualityFilter, ...]:
-    words: Any = _Words()  # taken, though the library's signature says str
+    words: Any = _Words()  # taken, as are pairs in any number below, though the signatures say other types
     quality = GopherQualityFilter(language=words, min_stop_words=None)  # its stop words are those of English
-    if east_asian:  # where each word is one character
+    repetition: Any = GopherRepetitionFilter(language=words)
+    if east_asian:  # where each of these words is a character, and a word of the language about two
         quality.min_avg_word_length = quality.max_avg_word_length = None
-    return GopherRepetitionFilter(language=words), quality
+        repetition.top_n_grams = tuple((2 * n, share) for n, share in repetition.top_n_grams)
+        repetition.dup_n_grams = tuple((2 * n, share) for n, share in repetition.dup_n_grams)
+    return quality, repetition  # a text of two words is short, not repetitive
 
 
 @functools.cache

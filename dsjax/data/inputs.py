@@ -24,10 +24,10 @@ def find_tasks(inputs: tuple[str, ...], called: str) -> tuple[list[list[Part]], 
     ``inputs`` are files, folders and globs; without any, the library sources of the running Python. Folders are
     searched to the bottom; what is hidden in them is left out.
 
-    Errors: ConfigError, which calls the inputs ``called``, for one that matches no file.
+    Errors: ConfigError, which calls the inputs ``called``, for one that matches no file, and where nothing is left.
     """
     rejects: list[Reject] = []
-    found = _each_once(_find_files(inputs, called, rejects) if inputs else _library_sources(rejects))
+    found = _each_once(_find_files(inputs, called, rejects) if inputs else _library_sources(called, rejects))
     files = [(path, name, status) for path, name in found if (status := _status(path, name, rejects))]
     total = sum(status.st_size for _, _, status in files)
     task_bytes = min(max(total // _TASKS, _LEAST_TASK_BYTES), _MOST_TASK_BYTES)
@@ -62,11 +62,13 @@ def _find_files(inputs: tuple[str, ...], called: str, rejects: list[Reject]) -> 
             raise ConfigError(f"{called}: {pattern!r} matches no file: give files, folders or globs")
 
 
-def _library_sources(rejects: list[Reject]) -> Iterator[tuple[Path, str]]:
+def _library_sources(called: str, rejects: list[Reject]) -> Iterator[tuple[Path, str]]:
     root = Path(sysconfig.get_path("stdlib"))
-    for path in _walk(root, _NOT_LIBRARY, rejects):
-        if path.suffix == ".py":
-            yield path, _printable(path.relative_to(root))
+    sources = [path for path in _walk(root, _NOT_LIBRARY, rejects) if path.suffix == ".py"]
+    if not sources:
+        raise ConfigError(f"{called} is empty and this Python keeps no library sources: name some text files")
+    for path in sources:
+        yield path, _printable(path.relative_to(root))
 
 
 def _walk(root: Path, left_out: frozenset[str], rejects: list[Reject]) -> Iterator[Path]:

@@ -6,7 +6,7 @@ import numpy as np
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data.documents import Controls
 from dsjax.data.mixture import Mixture, ProcessRows
-from dsjax.data.preparation import RunData
+from dsjax.data.run_data import RunData
 from dsjax.data.token_set import TokenSet
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.data.windows import Batch, ConcatWindows, PackedWindows, Shape, empty_batch
@@ -17,7 +17,7 @@ Windows = ConcatWindows | PackedWindows
 def train_windows(data: RunData, config: DataConfig, *, sequence_length: int, seed: int) -> Mixture:
     """The endless row of windows that training reads, each of ``sequence_length`` tokens.
 
-    Errors: ConfigError for a set without training text, and for a tokenizer that cannot do what ``config`` wants.
+    Errors: ConfigError for a tokenizer that cannot do what ``config`` wants.
     """
     windows = []
     for place, part in enumerate(data.sets):
@@ -25,8 +25,6 @@ def train_windows(data: RunData, config: DataConfig, *, sequence_length: int, se
         own_seed = int(np.random.SeedSequence((seed, place)).generate_state(1)[0])
         shape = Shape(sequence_length, config.isolate_documents, config.fim_rate, own_seed)
         windows.append(_windows(part.train, config, shape, data.tokenizer))
-        if not windows[-1].count:
-            raise ConfigError(f"{part.folder} has no training tokens: prepare it from more text")
     return Mixture(windows, data.weights)
 
 

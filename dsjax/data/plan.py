@@ -19,7 +19,7 @@ from typing import Any, Literal
 from dsjax.config import ConfigError
 from dsjax.data.inputs import find_tasks
 from dsjax.data.readers import Part, Reject
-from dsjax.data.tokenizer import Tokenizer, load_tokenizer
+from dsjax.data.tokenizer import Tokenizer, check_holds_bytes, load_tokenizer
 
 # Raised by whoever changes what the files hold, so that old ones are refused instead of misread.
 MADE_BY = "dsjax.data 2"
@@ -119,6 +119,8 @@ def begin(folder: Path, settings: Settings, names: Names, given: Tokenizer | Non
         given = load_tokenizer(settings.tokenizer, called=f"{names.of('tokenizer')}={settings.tokenizer!r}")
     if given and settings.vocab_size:
         given.check_fits(settings.vocab_size, called=names.vocab_size)
+    if not given:
+        check_holds_bytes(settings.vocab_size, called=names.vocab_size)
     tokenizer_hash = hashlib.blake2b(given.definition.encode(), digest_size=16).hexdigest() if given else ""
     tasks, rejects = find_tasks(settings.inputs, names.inputs)
     wanted = Plan(folder, settings, tasks, rejects, tokenizer_hash)

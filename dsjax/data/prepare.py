@@ -23,6 +23,8 @@ def main() -> None:
         parser.error("one of --tokenizer=FILE and --train-tokenizer is needed")
     if arguments.train_tokenizer and not arguments.vocab_size:
         parser.error("--train-tokenizer needs --vocab-size")
+    if arguments.engine == "slurm" and not arguments.slurm_partition:
+        parser.error("--engine=slurm needs --slurm-partition")
     try:
         _prepare(arguments)
     except ConfigError as error:

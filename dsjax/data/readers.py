@@ -106,14 +106,14 @@ def _texts(file: IO[bytes], part: Part, most_bytes: int) -> Iterator[Text | Reje
     """The file as a document; a longer one is several, cut where lines end."""
     content = file.read(most_bytes + 1)
     if len(content) <= most_bytes:
-        yield _decoded(content, part.name)
+        yield _decoded(content, part.name, "utf-8-sig")
         return
     position = 0
     while content:
         size = content.rfind(b"\n", 0, most_bytes) + 1 if len(content) > most_bytes else len(content)
         name = f"{part.name}:{position}"
         if size:
-            yield _decoded(content[:size], name)
+            yield _decoded(content[:size], name, "utf-8" if position else "utf-8-sig")
             content = content[size:]
         else:
             size = len(content) + (0 if content.endswith(b"\n") else _skip_line(file))
@@ -123,9 +123,9 @@ def _texts(file: IO[bytes], part: Part, most_bytes: int) -> Iterator[Text | Reje
         content += file.read(most_bytes + 1 - len(content))
 
 
-def _decoded(content: bytes, name: str) -> Text | Reject:
+def _decoded(content: bytes, name: str, encoding: str) -> Text | Reject:
     try:
-        return Text(name, content.decode("utf-8-sig"))
+        return Text(name, content.decode(encoding))
     except UnicodeDecodeError as error:
         return Reject(name, "not UTF-8", repr(content[max(error.start - 40, 0) : error.start + 40]))
 

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from dsjax.data.readers import Reject, needed
 
 TRAIN, HELDOUT, REPEATED = 0, 1, -1
 _SAMPLES = 100
+_LEAST_BYTES_TO_CUT = 8  # of a text that has two characters for sure
 
 
 class Sides(NamedTuple):
@@ -54,7 +57,7 @@ def select(plan: Plan, report: Callable[[int], None]) -> None:
         np.concatenate([getattr(task, name) for task in cleaned]) for name in ("digests", "sizes")
     )
     if not len(sizes):
-        raise _nothing_left(plan, cleaned)
+        raise _useless(plan, cleaned)
     repeated = _first_equal(digests)
     _account_for(account, "exact duplicate", repeated, cleaned, firsts)
     account.counts["without_exact_duplicates"] = _count(sizes[repeated < 0])
@@ -66,6 +69,8 @@ def select(plan: Plan, report: Callable[[int], None]) -> None:
     side = np.where(repeated >= 0, REPEATED, _sides(digests, plan)).astype(np.int8)
     cut_tails = not (np.any(side == TRAIN) and np.any(side == HELDOUT))
     side = np.where(cut_tails & (side != REPEATED), TRAIN, side)
+    if cut_tails and sizes[side == TRAIN].max() < _LEAST_BYTES_TO_CUT:
+        raise _useless(plan, cleaned)
     path = plan.work / "sides.npz"
     with (unfinished := path.with_name("sides.npz.unfinished")).open("wb") as file:
         np.savez(file, side=side, cut_tails=cut_tails, firsts=firsts)
@@ -84,8 +89,8 @@ def _sides(digests: UInt8[np.ndarray, "D 16"], plan: Plan) -> Int8[np.ndarray, "
     """By the first 8 bytes of the hash, which another seed reads in another way."""
     numbers = digests[:, :8].copy().view(">u8")[:, 0].astype(np.uint64)
     if plan.settings.seed:
-        salt = np.random.default_rng(plan.settings.seed).integers(2**64, dtype=np.uint64)
-        numbers ^= salt
+        # Odd, so that it permutes the numbers; their high bits come to depend on all others.
+        numbers *= np.random.default_rng(plan.settings.seed).integers(2**64, dtype=np.uint64) | np.uint64(1)
     return np.where(numbers < plan.settings.heldout_fraction * 2.0**64, HELDOUT, TRAIN).astype(np.int8)
 
 
@@ -141,15 +146,18 @@ def _account_for(
         account.samples.append(Reject(name(number), reason, f"repeats {name(int(repeated[number]))}"))
 
 
-def _nothing_left(plan: Plan, cleaned: list[Cleaned]) -> ConfigError:
-    reasons: dict[str, int] = {}
-    for item in plan.rejects:
-        reasons[item.reason] = reasons.get(item.reason, 0) + 1
+def _useless(plan: Plan, cleaned: list[Cleaned]) -> ConfigError:
+    """For text of which nothing can be used; what was done is removed, for nobody will go on with it."""
+    reasons, samples = Counter(reject.reason for reject in plan.rejects), list(plan.rejects)
     for task in cleaned:
-        for reason, count in task.account["reasons"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
-    told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "there was none"
+        reasons.update(task.account["reasons"])
+        samples += (Reject(*fields) for fields in task.account["samples"])
+    told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    such_as = (
+        f", such as {samples[0].name}: {samples[0].reason} {samples[0].sample[:60]!r}" if samples else ""
+    )
+    shutil.rmtree(plan.work)
     return ConfigError(
-        f"no document is left of {','.join(plan.settings.inputs)} ({told}): look at {plan.work}/clean-*.json, "
-        "and name other text or other filters"
+        f"no usable text in {','.join(plan.settings.inputs)} ({told or 'it is too short'}{such_as}): "
+        "name other text, or other filters"
     )

@@ -23,8 +23,8 @@ from dsjax.config.load import Command
 from dsjax.data.documents import Controls
 from dsjax.data.loader import controls_of, train_windows
 from dsjax.data.mixture import Mixture
-from dsjax.data.preparation import RunData, data_of_run, only
 from dsjax.data.prepared_set import open_set
+from dsjax.data.run_data import RunData, data_of_run, only
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.data.windows import Batch
 from dsjax.observe.plots import length_histogram
@@ -153,7 +153,7 @@ def _legend() -> Text:
 
 
 def _account(data: RunData, windows: Mixture, controls: Controls, count: int) -> Table:
-    """Of the first windows, by set: share and the one wanted, tokens, documents that begin, moved middles, padding."""
+    """Of the first windows, by set: share, the one wanted, documents begun, moved middles, padding."""
     table = Table(box=None, pad_edge=False, title=f"the first {count:,} windows", title_justify="left")
     for column in ("set", "windows", "share", "wanted", "tokens", "begun", "moved", "padding", "no loss"):
         table.add_column(column, justify="left" if column == "set" else "right", overflow="fold")

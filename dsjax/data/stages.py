@@ -37,12 +37,6 @@ class Stage(NamedTuple):
         return (plan.folder / self.result.format(task)).exists()
 
 
-def run_task(stage: Stage, plan: Plan, task: int, report: Report) -> None:
-    """Does a task unless it is done."""
-    if not stage.is_done(plan, task):
-        stage.run(plan, task, report)
-
-
 STAGES = (
     Stage("clean", "reading and filtering", "work/clean-{:05}.json", clean, Plan.size_bytes),
     Stage(

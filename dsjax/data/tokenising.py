@@ -68,7 +68,7 @@ def _sample(plan: Plan) -> Iterator[str]:
 
 def tokenise(plan: Plan, task: int, report: Callable[[int], None]) -> None:
     """Writes a task's shards; ``report`` is told the bytes of text that are done. ``tokens-N.json`` comes last."""
-    tokenizer = _tokenizer(plan.folder)
+    tokenizer = _tokenizer((plan.folder / "tokenizer.json").read_bytes())
     account: dict[str, Any] = {}
     for side in SIDES:
         name = f"{side}-{task:05}"
@@ -102,8 +102,8 @@ def hash_of_files(paths: Sequence[Path]) -> str:
 
 
 @functools.lru_cache(1)  # every task of a worker asks
-def _tokenizer(folder: Path) -> Tokenizer:
-    return load_tokenizer(folder / "tokenizer.json")
+def _tokenizer(definition: bytes) -> Tokenizer:
+    return Tokenizer(definition.decode(), source="tokenizer.json")
 
 
 def _texts(plan: Plan, task: int, side: str) -> Iterator[str]:

@@ -144,18 +144,22 @@ def load_tokenizer(path: str | Path, *, called: str | None = None) -> Tokenizer:
     return Tokenizer(definition, source=called)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, called: str = "model.vocab_size") -> Tokenizer:
+def check_holds_bytes(vocab_size: int, *, called: str = "model.vocab_size") -> None:
+    """Raises ConfigError if a tokenizer of so many ids does not hold the control tokens and the 256 bytes."""
+    least = len(CONTROL_TOKENS) + 256
+    if vocab_size < least:
+        raise ConfigError(
+            f"{called}={vocab_size} does not hold 256 bytes and {len(CONTROL_TOKENS)} control tokens: "
+            f"use at least {least}"
+        )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE of ``vocab_size`` ids, the control tokens first; fewer if the text gives fewer.
 
     Errors: ConfigError if ``vocab_size`` does not hold the control tokens and the 256 bytes.
     """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    least = len(CONTROL_TOKENS) + len(alphabet)
-    if vocab_size < least:
-        raise ConfigError(
-            f"{called}={vocab_size} does not hold 256 bytes and {len(CONTROL_TOKENS)} "
-            f"control tokens: use at least {least}"
-        )
+    check_holds_bytes(vocab_size)
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -169,7 +173,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, called: str = "mod
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(CONTROL_TOKENS),
-        initial_alphabet=alphabet,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)

@@ -12,7 +12,7 @@ from dsjax.checkpoint.workdir import changes_since
 from dsjax.config import ConfigError, RunConfig
 from dsjax.config.load import Command
 from dsjax.data.loader import heldout_batches
-from dsjax.data.preparation import data_of_run
+from dsjax.data.run_data import data_of_run
 from dsjax.evals.heldout import heldout_loss
 from dsjax.inference.text import complete
 from dsjax.models.transformer import Transformer

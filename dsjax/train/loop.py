@@ -16,7 +16,7 @@ from dsjax.checkpoint.store import CheckpointStore, has_checkpoint
 from dsjax.config import RunConfig
 from dsjax.config.load import Command
 from dsjax.data.loader import heldout_batches, train_batches, train_windows
-from dsjax.data.preparation import RunData, data_of_run
+from dsjax.data.run_data import RunData, data_of_run
 from dsjax.data.windows import Batch
 from dsjax.evals.heldout import heldout_loss
 from dsjax.inference.text import complete

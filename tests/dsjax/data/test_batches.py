@@ -1,25 +1,29 @@
-"""Windows, training batches and their resumption, held-out batches."""
+"""Batches of a run: mixture, moved middles, packing, processes, resumption; held-out batches."""
 
 import ast
+import collections
 import itertools
 import json
 import random
+import sysconfig
 from pathlib import Path
 
-import grain
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import dsjax.data
-from dsjax.config import ConfigError
-from dsjax.data.loader import Windows, heldout_batches, train_batches
-from dsjax.data.preparation import PreparedData
-from dsjax.data.store import TokenStore
-from dsjax.data.tokenizer import Tokenizer, train_tokenizer
+from dsjax.config import ConfigError, DataConfig
+from dsjax.data.documents import text_of
+from dsjax.data.loader import controls_of, heldout_batches, train_batches, train_windows
+from dsjax.data.mixture import Mixture
+from dsjax.data.prepared_set import PreparedSet
+from dsjax.data.run_data import RunData
+from dsjax.data.shards import ShardWriter
+from dsjax.data.token_set import TokenSet
+from dsjax.data.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 from dsjax.data.windows import Batch
 
+LENGTH = 64
 DTYPES = {
     "tokens": np.int32,
     "targets": np.int32,
@@ -29,164 +33,221 @@ DTYPES = {
 }
 
 
-def store_of(lengths: list[int]) -> TokenStore:
-    """Documents of these lengths in tokens, where every token of the stream is another number."""
-    starts = np.cumsum([0, *lengths[:-1]])
-    return TokenStore(np.arange(100, 100 + sum(lengths), dtype=np.uint32), starts.astype(np.int64))
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_tokenizer([""], 266)
 
 
+def token_set(folder: Path, name: str, lengths: list[int], first: int) -> TokenSet:
+    """Documents of these lengths, each of its own token, ``first`` and on."""
+    writer = ShardWriter(folder, name)
+    for number, length in enumerate(lengths):
+        writer.append(np.full(length, first + number, np.int32))
+    writer.close()
+    return TokenSet(folder, [name])
+
+
 @pytest.fixture(scope="module")
-def prepared(tokenizer) -> PreparedData:
-    """21 whole training windows of 8 tokens, 7 and a half held-out ones; 4 documents to a window and less."""
-    lengths = [3, 2, 4, 2, 9, 30, 3, 2, 2, 2, 40, 25, 48]
-    return PreparedData(tokenizer, store_of(lengths), store_of([20, 3, 2, 36, 4]), {})
+def data(tmp_path_factory, tokenizer) -> RunData:
+    """Two sets of 300 and 80 documents, short ones and some longer than a window, in shares of 0.7 and 0.3."""
+    rng = np.random.default_rng(0)
+    sets = []
+    for number, count in enumerate((300, 80)):
+        folder = tmp_path_factory.mktemp(f"set{number}")
+        lengths = rng.integers(1, 3 * LENGTH // (number + 1), count).tolist()
+        first = 1000 * (number + 1)
+        train = token_set(folder, "train", lengths, first)
+        sets.append(
+            PreparedSet(folder, tokenizer, train, token_set(folder, "heldout", lengths[:20], first), {})
+        )
+    return RunData(tokenizer, tuple(sets), (0.7, 0.3), "")
 
 
-def expected_window(store: TokenStore, index: int, length: int, isolate: bool) -> dict[str, list]:
-    """The definition, token by token."""
-    stream = store.tokens.tolist()
-    first = index * length
-    stop = min(first + length, len(stream) - 1)
-    owner = [sum(start <= i for start in store.document_starts) for i in range(len(stream))]
-    window: dict[str, list] = {name: [] for name in DTYPES}
-    for i in range(first, stop):
-        window["tokens"].append(stream[i])
-        window["targets"].append(stream[i + 1])
-        begin = first
-        if isolate:
-            begin = max(first, int(store.document_starts[owner[i] - 1]))
-        window["segment_ids"].append(1 + owner[i] - owner[first] if isolate else 1)
-        window["positions"].append(i - begin)
-        window["loss_mask"].append(float(not isolate or owner[i] == owner[i + 1]))
-    return window
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(2, 12), min_size=1, max_size=12), st.integers(1, 20), st.booleans())
-def test_windows_follow_the_definition(lengths, sequence_length, isolate):
-    store = store_of(lengths)
-    windows = Windows(store, sequence_length, isolate)
-    assert len(windows) == (sum(lengths) - 1) // sequence_length
-    for index in range(-(-(sum(lengths) - 1) // sequence_length)):
-        window = windows[index]
-        assert {name: values.dtype for name, values in window.items()} == DTYPES
-        expected = expected_window(store, index, sequence_length, isolate)
-        assert {name: values.tolist() for name, values in window.items()} == expected
-
-
-def training(prepared: PreparedData, *, batch_size=4, seed=0, isolate=True) -> grain.DatasetIterator[Batch]:
-    return train_batches(
-        prepared, batch_size=batch_size, sequence_length=8, isolate_documents=isolate, seed=seed
-    )
+def windows_of(data: RunData, *, seed: int = 0, length: int = LENGTH, **fields) -> Mixture:
+    config = DataConfig(**{"fim_rate": 0.5, "isolate_documents": True, **fields})
+    return train_windows(data, config, sequence_length=length, seed=seed)
 
 
 def assert_same(one: Batch, two: Batch) -> None:
     assert one.keys() == two.keys() == DTYPES.keys()
-    for name in DTYPES:
+    for name, dtype in DTYPES.items():
+        assert one[name].dtype == dtype
         np.testing.assert_array_equal(one[name], two[name])
 
 
-def first_tokens(iterator: grain.DatasetIterator[Batch], count: int) -> list[int]:
-    return [int(row) for batch in itertools.islice(iterator, count) for row in batch["tokens"][:, 0]]
+def taken(windows: Mixture, count: int, **processes) -> list[Batch]:
+    return list(itertools.islice(train_batches(windows, batch_size=8, **processes), count))
 
 
-def test_batches_of_one_sequence_are_every_window_once_an_epoch(prepared):
-    count = (len(prepared.train.tokens) - 1) // 8
-    seen = first_tokens(training(prepared, batch_size=1), count)
-    assert sorted(seen) == sorted(first_tokens(training(prepared, batch_size=count), 1))
-
-
-@pytest.mark.parametrize("isolate", [False, True])
-def test_batches_are_stacked_windows(prepared, isolate):
-    windows = Windows(prepared.train, 8, isolate)
-    by_first_token = {int(windows[i]["tokens"][0]): windows[i] for i in range(len(windows))}
-    assert len(windows) == 21
-    for batch in itertools.islice(training(prepared, isolate=isolate), 12):
-        assert {name: (values.shape, values.dtype) for name, values in batch.items()} == {
-            name: ((4, 8), dtype) for name, dtype in DTYPES.items()
-        }
-        for row in range(4):
-            window = by_first_token[int(batch["tokens"][row, 0])]
-            assert_same({name: values[row] for name, values in batch.items()}, window)
-
-
-def test_every_epoch_has_every_window_once_in_another_order(prepared):
-    # 21 windows in batches of 4: batches cross the border between epochs.
-    seen = first_tokens(training(prepared), 63 // 4 + 1)[:63]
-    epochs = [seen[0:21], seen[21:42], seen[42:63]]
-    assert all(sorted(epoch) == list(range(100, 100 + 21 * 8, 8)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert sorted(epochs[0]) != epochs[0]
-
-
-def test_seeds_decide_the_order_and_neighbouring_seeds_share_none(prepared):
-    assert first_tokens(training(prepared, seed=3), 10) == first_tokens(training(prepared, seed=3), 10)
-    second_epoch = first_tokens(training(prepared, batch_size=21, seed=0), 2)[21:]
-    assert first_tokens(training(prepared, batch_size=21, seed=1), 1) != second_epoch
-
-
-@pytest.mark.parametrize("step", [0, *random.Random(5).sample(range(1, 30), 3), 5])
-def test_a_fresh_iterator_continues_exactly(prepared, step):
-    """Step 5 is inside the batch that holds the end of the first epoch and the start of the second."""
-    whole = list(itertools.islice(training(prepared), 45))
-    stopped = training(prepared)
+@pytest.mark.parametrize("packing", ["concat", "whole"])
+@pytest.mark.parametrize("step", random.Random(5).sample(range(1, 60), 3))
+def test_a_fresh_iterator_continues_exactly(data, packing, step):
+    """60 batches of 8 are several epochs of either set."""
+    windows = windows_of(data, packing=packing)
+    assert 2 * windows.sets[1].count < 60 * 8 * 0.3
+    whole = taken(windows, 60)
+    stopped = train_batches(windows_of(data, packing=packing), batch_size=8)
     for batch in whole[:step]:
         assert_same(next(stopped), batch)
     state = json.loads(json.dumps(stopped.get_state()))
     next(stopped)  # what was prefetched or read after saving plays no part
-    resumed = training(prepared)
+    resumed = train_batches(windows_of(data, packing=packing), batch_size=8)
     next(resumed)
     resumed.set_state(state)
     for batch in whole[step:]:
         assert_same(next(resumed), batch)
 
 
-def test_too_little_text_for_a_batch_is_an_error_with_the_numbers(prepared):
-    with pytest.raises(ConfigError, match=r"train\.batch_size=22 .* need 177 training tokens .* has 172"):
-        training(prepared, batch_size=22)
-    with pytest.raises(ConfigError, match=r"sequence_length=400 .* need 401 training tokens .* has 172"):
-        train_batches(prepared, batch_size=1, sequence_length=400, isolate_documents=False, seed=0)
-    assert len(next(training(prepared, batch_size=21))["tokens"]) == 21
+@pytest.mark.parametrize("packing", ["concat", "whole"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_every_batch(data, packing, processes):
+    alone = taken(windows_of(data, packing=packing), 12)
+    parts = [
+        taken(windows_of(data, packing=packing), 12, process=index, processes=processes)
+        for index in range(processes)
+    ]
+    for number, batch in enumerate(alone):
+        together = {name: np.concatenate([part[number][name] for part in parts]) for name in DTYPES}
+        assert_same(Batch(**together), batch)
 
 
-def heldout(prepared: PreparedData, *, batches: int, batch_size: int = 3, length: int = 8) -> list[Batch]:
-    return heldout_batches(
-        prepared, batch_size=batch_size, sequence_length=length, isolate_documents=True, batches=batches
-    )
+def documents_in(
+    windows: Mixture, rows: list[Batch], tokenizer: Tokenizer
+) -> collections.Counter[tuple[int, int]]:
+    """How many tokens of which document stand in windows as targets; each document has a token of its own."""
+    tokens = np.concatenate([row["targets"][row["segment_ids"] > 0] for row in rows])
+    found = tokens[~np.isin(tokens, list(tokenizer.control_ids))]
+    return collections.Counter(found.tolist())
 
 
-def test_heldout_text_is_used_to_the_last_token_and_padded(prepared):
-    batches = heldout(prepared, batches=50)
-    assert len(batches) == 3  # 8 windows in batches of 3
-    assert all(batch["tokens"].shape == (3, 8) for batch in batches)
-    assert {name: values.dtype for name, values in batches[-1].items()} == DTYPES
-    real = np.concatenate([batch["segment_ids"] > 0 for batch in batches])
-    targets = np.concatenate([batch["targets"] for batch in batches])
-    assert targets[real].tolist() == list(range(101, 165))
-    padding = {"tokens": 2, "targets": 2, "segment_ids": 0, "positions": 0, "loss_mask": 0}
-    for name, value in padding.items():
-        assert (np.concatenate([batch[name] for batch in batches])[~real] == value).all()
+@pytest.mark.parametrize("packing", ["concat", "whole"])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_an_epoch_has_every_document_once_however_many_processes_read_it(data, tokenizer, packing, processes):
+    alone = RunData(tokenizer, data.sets[:1], (1.0,), "")
+    windows = windows_of(alone, packing=packing)
+    count = windows.sets[0].count
+    batches = -(-count // 8)
+    streams = [
+        taken(windows_of(alone, packing=packing), batches, process=index, processes=processes)
+        for index in range(processes)
+    ]
+    rows = [
+        {name: batch[name][row] for name in DTYPES}
+        for step in zip(*streams, strict=True)
+        for batch in step
+        for row in range(8 // processes)
+    ]
+    lengths = data.sets[0].train.lengths.tolist()
+    expected = collections.Counter({1000 + number: length for number, length in enumerate(lengths)})
+    found = documents_in(windows, rows[:count], tokenizer)
+    # An epoch's very first token is an input only; the BOS it is was not counted.
+    assert found == expected
 
 
-def test_heldout_batches_are_always_the_same_and_spread_over_the_text(prepared):
-    one, two = heldout(prepared, batches=1), heldout(prepared, batches=1)
-    assert len(one) == 1
-    assert_same(one[0], two[0])
-    assert one[0]["tokens"][:, 0].tolist() == [100, 100 + 2 * 8, 100 + 5 * 8]
+@pytest.fixture(scope="module")
+def snippets() -> list[str]:
+    """20,000 different texts: blocks of four lines of the standard library."""
+    root = Path(sysconfig.get_path("stdlib"))
+    lines = [
+        line
+        for path in sorted(root.glob("*.py"))
+        for line in path.read_text("utf-8").splitlines(keepends=True)
+    ]
+    blocks = dict.fromkeys("".join(lines[first : first + 4]) for first in range(0, len(lines), 4))
+    return list(itertools.islice((block for block in blocks if block.strip()), 20_000))
 
 
-@pytest.mark.parametrize("tokens", [2, 3, 8, 9, 10])
-def test_a_few_heldout_tokens_make_one_batch(tokenizer, tokens):
-    few = PreparedData(tokenizer, store_of([50]), store_of([tokens]), {})
-    (batch,) = heldout(few, batches=4, batch_size=2)
-    assert batch["loss_mask"].sum() == tokens - 1
-    (longer,) = heldout(few, batches=1, batch_size=1, length=64)
-    assert longer["loss_mask"].sum() == tokens - 1
+@pytest.mark.parametrize("packing", ["concat", "whole"])
+def test_a_tenth_of_20_000_documents_is_moved_and_each_inverts_to_its_text(tmp_path, snippets, packing):
+    assert len(snippets) == 20_000
+    trained = train_tokenizer(snippets[:2000], 1000)
+    writer = ShardWriter(tmp_path, "train")
+    for tokens in trained.encode_documents(snippets):
+        writer.append(tokens)
+    writer.close()
+    stored = TokenSet(tmp_path, ["train"])
+    data = RunData(trained, (PreparedSet(tmp_path, trained, stored, stored, {}),), (1.0,), "")
+    # A window that holds all of them: each stands whole in it.
+    length = int(stored.lengths.sum()) + 5 * len(snippets)
+    windows = windows_of(data, packing=packing, length=length, fim_rate=0.1)
+    assert windows.sets[0].count == 1
+    window, controls = windows[0], controls_of(trained, 0.1)
+    real = window["segment_ids"] > 0
+    found, moved = [], 0
+    for segment in np.split(np.arange(real.sum()), np.flatnonzero(np.diff(window["segment_ids"][real])) + 1):
+        tokens = np.append(window["tokens"][segment], window["targets"][segment[-1]])
+        end = int(np.flatnonzero(tokens == controls.eos)[0])  # concat: the next document's start follows
+        moved += int(tokens[1] == controls.fim_begin)
+        found.append(trained.decode(text_of(tokens[: end + 1], controls)))
+    assert abs(moved / len(snippets) - 0.1) < 0.005
+    assert collections.Counter(found) == collections.Counter(snippets)
+
+
+def test_shares_are_those_of_the_weights(data):
+    windows = windows_of(data)
+    chosen = [windows.place(number)[0] for number in range(2000)]
+    for count in (100, 999, 2000):
+        assert abs(chosen[:count].count(0) / count - 0.7) < 0.005 + 1 / count
+
+
+def test_sets_and_seeds_have_orders_of_their_own(tokenizer, data):
+    twice = RunData(tokenizer, (data.sets[0], data.sets[0]), (1.0, 1.0), "")
+    windows = windows_of(twice)
+    first = [windows[number]["tokens"].tolist() for number in range(40)]
+    assert len({tuple(tokens) for tokens in first}) > 35
+    assert first != [windows_of(twice, seed=1)[number]["tokens"].tolist() for number in range(40)]
+    assert first == [windows_of(twice)[number]["tokens"].tolist() for number in range(40)]
+
+
+def test_a_tokenizer_without_fill_in_tokens_serves_without_moving(tmp_path, data, tokenizer):
+    described = json.loads(tokenizer.definition)
+    renamed = {name: name.replace("fim", "none") for name in CONTROL_TOKENS if "fim" in name}
+    for token in described["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
+    vocabulary = described["model"]["vocab"]
+    described["model"]["vocab"] = {renamed.get(name, name): number for name, number in vocabulary.items()}
+    without = RunData(Tokenizer(json.dumps(described), source="without.json"), data.sets, data.weights, "")
+    with pytest.raises(
+        ConfigError, match=r"data\.fim_rate=0\.5: without\.json has no control token .*fim_rate=0$"
+    ):
+        windows_of(without)
+    assert windows_of(without, fim_rate=0.0)[0]["tokens"].shape == (LENGTH,)
+
+
+def heldout(data: RunData, *, batches: int, length: int = LENGTH, **fields) -> list[Batch]:
+    config = DataConfig(**{"isolate_documents": True, **fields})
+    return heldout_batches(data, config, batch_size=3, sequence_length=length, batches=batches)
+
+
+@pytest.mark.parametrize("packing", ["concat", "whole"])
+@pytest.mark.parametrize("length", [LENGTH, 100_000])
+def test_heldout_text_is_used_to_the_last_token_unmoved_and_padded(data, tokenizer, packing, length):
+    batches = heldout(data, batches=10**6 if length == LENGTH else 1, length=length, packing=packing)
+    assert all(batch["tokens"].shape == (3, length) for batch in batches)
+    targets = np.concatenate([batch["targets"][batch["segment_ids"] > 0] for batch in batches])
+    expected = collections.Counter()
+    for first, part in zip((1000, 2000), data.sets, strict=True):
+        lengths = part.heldout.lengths.tolist()
+        expected.update({first + number: own for number, own in enumerate(lengths)})
+    expected[tokenizer.eos_id] = 40
+    found = collections.Counter(targets.tolist())
+    found.pop(tokenizer.bos_id, 0)
+    assert found == expected
+    padding = {"tokens": tokenizer.pad_id, "targets": tokenizer.pad_id}
+    padding |= {"segment_ids": 0, "positions": 0, "loss_mask": 0}
+    for batch in batches:
+        for name, value in padding.items():
+            assert (batch[name][batch["segment_ids"] == 0] == value).all()
+
+
+def test_heldout_batches_are_always_the_same_and_of_every_set(data):
+    one, two = heldout(data, batches=2), heldout(data, batches=2)
+    for first, second in zip(one, two, strict=True):
+        assert_same(first, second)
+    assert len(one) == 2
+    tokens = np.concatenate([batch["tokens"].ravel() for batch in one])
+    assert (tokens >= 2000).any()
+    assert ((tokens >= 1000) & (tokens < 2000)).any()
 
 
 def test_the_room_does_not_import_jax():

@@ -1,265 +1,376 @@
-"""From text to a folder of tokens: what is in it, and that it is there whole or not at all."""
+"""``python -m dsjax.data.prepare`` as a user runs it: real processes, killed ones, bad input, and clusters."""
 
+import gzip
+import hashlib
 import json
 import os
-import re
-import shutil
+import random
+import resource
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from dsjax.config import ConfigError, DataConfig
-from dsjax.data import corpus, preparation, prepare, store
-from dsjax.data.store import TokenStore
-from dsjax.data.tokenizer import Tokenizer, train_tokenizer
+from dsjax.data.prepared_set import open_set
+from dsjax.data.tokenizer import CONTROL_TOKENS
 
-VOCAB = 300
+pytestmark = pytest.mark.slow
 
-
-def quiet(line: str) -> None:
-    pass
+REPOSITORY = Path(__file__).parents[3]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
 
 
-def write_texts(folder: Path, count: int = 60) -> list[str]:
-    """Documents of different words and lengths, as ``config_of`` reads them."""
-    texts = [
-        f"document {number} says {'é中 ' * (number % 7)}\n" * (1 + number % 5) for number in range(count)
+def sentences(number: int, count: int) -> str:
+    """Prose of its own for every number."""
+    rng = random.Random(number)
+    words = [
+        f"{chr(97 + rng.randrange(26))}{chr(97 + rng.randrange(26))}or{rng.randrange(99)}" for _ in range(400)
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, text in enumerate(texts):
-        (folder / f"{number:03}.txt").write_bytes(text.encode())
-    return texts
+    words += ["and", "the", "of", "to", "with", "that"] * 20
+    return "".join(" ".join(rng.choices(words, k=12)).capitalize() + ".\n" for _ in range(count))
 
 
-def config_of(folder: Path, **changes) -> DataConfig:
-    return DataConfig(**{"paths": (str(folder),), "heldout_fraction": 0.2, **changes})
+def near_duplicates() -> list[str]:
+    """Of the first thirty lines of web.jsonl."""
+    return [sentences(100 + number, 40).replace("and", "or", 3) for number in range(30)]
 
 
-def documents_of(tokenizer: Tokenizer, tokens: TokenStore) -> list[str]:
-    """The texts of a store, after checking that each stands between its BOS and EOS."""
-    assert tokens.tokens.dtype == np.uint32
-    assert tokens.document_starts.dtype == np.int64
-    texts = []
-    for ids in np.split(tokens.tokens, tokens.document_starts[1:]):
-        assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
-        assert tokenizer.control_ids.isdisjoint(ids[1:-1].tolist())
-        texts.append(tokenizer.decode(ids[1:-1]))
-    return texts
-
-
-def test_every_document_is_in_one_store_whole(tmp_path):
-    texts = write_texts(tmp_path / "text")
-    data = prepare(config_of(tmp_path / "text"), vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
-    training, heldout = (documents_of(data.tokenizer, side) for side in (data.train, data.heldout))
-    assert sorted(training + heldout) == sorted(texts)
-    assert len(heldout) > 1
-    in_name_order = [text for text in texts if text in training]
-    assert training != in_name_order
-
-
-def test_the_manifest_accounts_for_everything(tmp_path):
-    texts = write_texts(tmp_path / "text")
-    (tmp_path / "text" / "bad.txt").write_bytes(b"\xff")
-    data = prepare(config_of(tmp_path / "text"), vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
-    manifest = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text())
-    assert manifest == data.manifest
-    assert sum(manifest["documents"].values()) == len(texts)
-    assert sum(manifest["bytes"].values()) == sum(len(text.encode()) for text in texts)
-    assert manifest["tokens"] == {"train": len(data.train.tokens), "heldout": len(data.heldout.tokens)}
-    assert [item["name"].endswith("bad.txt") for item in manifest["skipped"]] == [True]
-    assert manifest["skipped"][0]["reason"].startswith("not UTF-8")
-    assert re.fullmatch("[0-9a-f]{32}", manifest["fingerprint"])
-
-
-def test_the_log_says_what_was_skipped_and_how_much_there_is(tmp_path):
-    write_texts(tmp_path / "text")
-    for number in range(8):
-        (tmp_path / "text" / f"bad{number}.txt").touch()
-    lines: list[str] = []
-    prepare(config_of(tmp_path / "text"), vocab_size=VOCAB, workdir=tmp_path, log=lines.append)
-    text = "\n".join(lines)
-    assert "60 documents" in text
-    assert text.count(": empty") == 5
-    assert "skipped 3 more" in text
-    assert "training tokens" in lines[-1]
-
-
-def test_long_tokenising_reports_progress(tmp_path, monkeypatch):
-    write_texts(tmp_path / "text")
-    monkeypatch.setattr(preparation, "_PROGRESS_SECONDS", 0.0)
-    lines: list[str] = []
-    prepare(config_of(tmp_path / "text"), vocab_size=VOCAB, workdir=tmp_path, log=lines.append)
-    assert any(re.fullmatch(r"data: tokenised (\S+ MB) of \1 \(train\)", line) for line in lines)
-
-
-def test_the_second_time_the_text_is_not_needed(tmp_path):
-    write_texts(tmp_path / "text")
-    config = config_of(tmp_path / "text")
-    first = prepare(config, vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
-    shutil.rmtree(tmp_path / "text")
-    # isolate_documents is applied to batches, not to what is stored.
-    config.isolate_documents = True
-    second = prepare(config, vocab_size=VOCAB, workdir=str(tmp_path / "run"), log=quiet)
-    assert isinstance(second.train.tokens, np.memmap)
-    assert np.array_equal(first.train.tokens, second.train.tokens)
-    assert np.array_equal(first.heldout.tokens, second.heldout.tokens)
-    assert second.tokenizer.decode([20, 30]) == first.tokenizer.decode([20, 30])
-
-
-def test_two_workdirs_hold_the_same(tmp_path):
-    write_texts(tmp_path / "text")
-    one, two = (
-        prepare(config_of(tmp_path / "text"), vocab_size=VOCAB, workdir=tmp_path / run, log=quiet)
-        for run in ("one", "two")
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Five megabytes of text, JSON lines and parquet, some of it twice: several tasks."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(sentences(number, 600))
+    lines = [json.dumps({"text": sentences(100 + number, 40)}) for number in range(200)]
+    (folder / "web.jsonl").write_text("\n".join([*lines, *lines[:50]]))
+    (folder / "more.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[50:80]).encode()))
+    table = pyarrow.table(
+        {"text": near_duplicates() + [sentences(1000 + number, 40) for number in range(100)]}
     )
-    assert np.array_equal(one.train.tokens, two.train.tokens)
-    assert np.array_equal(one.heldout.tokens, two.heldout.tokens)
-    assert one.manifest == two.manifest
+    parquet.write_table(table, folder / "books.parquet", row_group_size=40)
+    return folder
+
+
+def command(corpus: Path, output: Path, *flags: str) -> list[str]:
+    inputs = [f"{corpus}/*.txt", f"{corpus}/web.jsonl", f"{corpus}/more.jsonl.gz", f"{corpus}/*.parquet"]
+    program = [sys.executable, "-m", "dsjax.data.prepare", "--input", *inputs, f"--output={output}"]
+    return [*program, "--train-tokenizer", "--vocab-size=600", "--heldout-fraction=0.1", *flags]
+
+
+def finish(arguments: list[str], status: int = 0, **environment: str) -> str:
+    done = subprocess.run(
+        arguments, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "set"
+    text = finish(command(corpus, folder, "--workers=1"))
+    for doing in ("reading and filtering", "looking for duplicates", "tokenising"):
+        assert f"{doing}: " in text
+    assert "rejected: 80 exact duplicate, 30 near-duplicate" in text
+    assert f"--config.data.sets={folder}" in text
+    return folder
+
+
+def test_any_number_of_workers_writes_the_same_bytes(corpus, undisturbed, tmp_path):
+    finish(command(corpus, tmp_path / "set", "--workers=4"))
+    assert hashes(tmp_path / "set") == hashes(undisturbed)
+    assert len(list(undisturbed.glob("train-*.array_record"))) == 4
+    assert not (tmp_path / "set" / "work").exists()
+
+
+def test_the_counts_of_the_manifest_are_those_of_the_texts(undisturbed):
+    made = open_set(undisturbed)
+    counts = made.manifest["counts"]
+    assert counts["read"]["documents"] == 40 + 250 + 30 + 130
+    assert counts["filtered"] == counts["read"]
+    assert counts["without_exact_duplicates"]["documents"] == 40 + 200 + 130
+    assert counts["without_near_duplicates"]["documents"] == 40 + 200 + 100
+    # Files are read in the order of their names: what nearly repeats web.jsonl stands in books.parquet, before it.
+    texts = near_duplicates() + [sentences(n, 600) for n in range(40)]
+    texts += [sentences(n, 40) for n in (*range(130, 300), *range(1000, 1100))]
+    assert counts["without_near_duplicates"]["bytes"] == sum(map(len, texts))
+    found = []
+    for documents in (made.train, made.heldout):
+        for number, length in enumerate(documents.lengths.tolist()):
+            found.append(made.tokenizer.decode(documents.text(number, 0, length)))
+    assert sorted(found) == sorted(texts)
+
+
+@pytest.mark.parametrize("moment", ["work/clean-00002.json", "work/tokens-00001.json"])
+def test_a_killed_command_goes_on_and_writes_the_same_bytes(corpus, undisturbed, tmp_path, moment):
+    folder = tmp_path / "set"
+    process = subprocess.Popen(
+        command(corpus, folder, "--workers=2"),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (folder / moment).exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while workers_of(process.pid):  # they are in its session, and end by themselves
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not (folder / "manifest.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("work/clean-*.npz")}
+    done |= {path: path.stat().st_mtime_ns for path in folder.glob("train-*")}
+    finished = {path.name for path in folder.glob("work/*.json")}
+    assert finished
+    text = finish(command(corpus, folder, "--workers=3"))
+    assert hashes(folder) == hashes(undisturbed)
+    for path, stamp in done.items():
+        number = path.name.split("-")[1][:5]
+        if path.exists() and f"tokens-{number}.json" in finished:
+            assert path.stat().st_mtime_ns == stamp
+    assert ("reading and filtering: " in text) == moment.startswith("work/clean")
+    assert "tokenising: " in text
+
+
+def workers_of(session: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_an_interrupted_command_says_how_to_go_on_and_leaves_no_process(corpus, undisturbed, tmp_path):
+    folder = tmp_path / "set"
+    process = subprocess.Popen(
+        command(corpus, folder, "--workers=2"),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    while not (folder / "work/clean-00001.json").exists():
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "stopped: run the same command again to go on\n"
+    assert workers_of(process.pid) == []
+    finish(command(corpus, folder))
+    assert hashes(folder) == hashes(undisturbed)
+
+
+def test_a_killed_worker_is_one_sentence(corpus, undisturbed, tmp_path):
+    folder = tmp_path / "set"
+    process = subprocess.Popen(
+        command(corpus, folder, "--workers=2"),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    while not (folder / "work/clean-00000.json").exists():
+        time.sleep(0.002)
+    os.kill(max(workers_of(process.pid)), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.startswith("a worker process was killed")
+    assert said.count("\n") == 1
+    finish(command(corpus, folder))
+    assert hashes(folder) == hashes(undisturbed)
+
+
+def test_the_second_time_nothing_is_done_and_other_settings_are_refused(corpus, undisturbed):
+    before = hashes(undisturbed)
+    assert "for training" in finish(command(corpus, undisturbed))
+    said = finish(command(corpus, undisturbed, "--seed=1"), status=1)
+    assert said.startswith("--seed=1, and ")
+    assert "was prepared with 0" in said
+    assert hashes(undisturbed) == before
+
+
+def test_bad_input_is_counted_and_named_and_the_rest_prepared(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    good = [sentences(number, 60) for number in range(30)]
+    spelt = "".join(f"{name} is number {n}, and text.\n" for n, name in enumerate(CONTROL_TOKENS))
+    (folder / "spelt.txt").write_text(sentences(77, 30) + spelt)
+    lines = [json.dumps({"text": text}).encode() for text in good]
+    lines += [
+        b'{"title": "no text"}',
+        b'{"text": 5}',
+        b"{broken",
+        b'{"text": "\xff"}',
+        b"[1]",
+        b'{"text": "\\ud800"}',
+    ]
+    with (folder / "web.jsonl").open("wb") as file:
+        file.write(b"\n".join(lines) + b"\n")
+        file.seek(1 << 30, os.SEEK_CUR)  # a line of a gigabyte, which takes no room on the disk
+        file.write(b"\n" + json.dumps({"text": sentences(99, 60)}).encode() + b"\n")
+    with (folder / "long.txt").open("wb") as file:
+        file.write(sentences(98, 60).encode())
+        file.truncate(1 << 30)
+    (folder / "latin.txt").write_bytes("schön ".encode("latin-1") * 100)
+    (folder / "empty.txt").touch()
+    (folder / "broken.parquet").write_bytes(b"PAR1 and no more")
+    (folder / "broken.txt.gz").write_bytes(gzip.compress(sentences(97, 60).encode())[:-20])
+    (folder / "short.txt").write_text("Too short.")
+    parquet.write_table(pyarrow.table({"words": ["no field of that name"]}), folder / "other.parquet")
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "dangling.txt").symlink_to(folder / "nowhere")
+    flags = ["--train-tokenizer", "--vocab-size=600", "--workers=2", "--max-document-bytes=1000000"]
+    program = [
+        sys.executable,
+        "-m",
+        "dsjax.data.prepare",
+        "--input",
+        str(folder),
+        f"--output={tmp_path}/out",
+        *flags,
+    ]
+    finish(program)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 600_000  # kilobytes, of any of them
+    made = open_set(tmp_path / "out")
+    assert {reason: count for reason, count in made.manifest["rejected"].items() if count} == {
+        "no text in field 'text'": 4,
+        "not JSON": 1,
+        "not UTF-8": 3,
+        "too long": 2,
+        "empty": 1,
+        "damaged": 2,
+        "gopher_short_doc": 1,
+        "unreadable": 2,
+    }
+    names = {json.loads(line)["name"] for line in (tmp_path / "out/rejects.jsonl").read_text().splitlines()}
+    files = {Path(name).name.split(":")[0] for name in names}
+    assert files == {path.name for path in folder.iterdir()} - {"spelt.txt"}
+    # After the gigabyte, spelt, long, short, empty.
+    assert made.manifest["counts"]["read"]["documents"] == len(good) + 5
+    for documents in (made.train, made.heldout):
+        for number, length in enumerate(documents.lengths.tolist()):
+            assert made.tokenizer.control_ids.isdisjoint(documents.text(number, 0, length).tolist())
+    texts = [
+        made.tokenizer.decode(made.train.text(number, 0, length))
+        for number, length in enumerate(made.train.lengths.tolist())
+    ]
+    assert any(text.endswith(spelt) for text in texts)
 
 
 @pytest.mark.parametrize(
-    ("field", "change", "vocab_size"),
+    ("flags", "message"),
     [
-        ("data.paths", {"paths": ("elsewhere",)}, VOCAB),
-        ("data.tokenizer", {"tokenizer": "other.json"}, VOCAB),
-        ("data.heldout_fraction", {"heldout_fraction": 0.3}, VOCAB),
-        ("model.vocab_size", {}, 512),
+        (["--input=nothing*"], "--input: 'nothing*' matches no file"),
+        (["--tokenizer=no.json", "--input=README.md"], "--tokenizer='no.json' cannot be read"),
+        (
+            ["--train-tokenizer", "--vocab-size=100", "--input=README.md"],
+            "--vocab-size=100 does not hold 256 bytes",
+        ),
+        (["--train-tokenizer"], "--train-tokenizer needs --vocab-size"),
+        ([], "one of --tokenizer=FILE and --train-tokenizer is needed"),
+        (["--tokenizer=a", "--train-tokenizer", "--vocab-size=600"], "one of --tokenizer=FILE and"),
+        (["--heldout-fraction=0.9"], "'0.9' must lie between 0 and 0.5"),
+        (["--workers=0"], "'0' is not a positive number"),
+        (["--engine=slurm", "--tokenizer=a"], "--engine=slurm needs --slurm-partition"),
     ],
 )
-def test_another_config_for_the_same_workdir_is_an_error(tmp_path, field, change, vocab_size):
-    write_texts(tmp_path / "text")
-    prepare(config_of(tmp_path / "text"), vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
-    with pytest.raises(ConfigError, match="another workdir") as error:
-        prepare(
-            config_of(tmp_path / "text", **change), vocab_size=vocab_size, workdir=tmp_path / "run", log=quiet
-        )
-    assert str(error.value).startswith(f"{field}=")
-    wanted = next(iter(change.values())) if change else vocab_size
-    assert repr(wanted[0] if isinstance(wanted, tuple) else wanted) in str(error.value)
-    assert "was prepared with" in str(error.value)
-
-
-def test_a_loaded_tokenizer_is_used_and_kept(tmp_path):
-    texts = write_texts(tmp_path / "text")
-    train_tokenizer(texts, 280).save(tmp_path / "given.json")
-    config = config_of(tmp_path / "text", tokenizer=str(tmp_path / "given.json"))
-    data = prepare(config, vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
-    assert data.tokenizer.vocab_size == 280
-    assert (tmp_path / "run/data/tokenizer.json").read_bytes() == (tmp_path / "given.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"model\.vocab_size=270 .*280 ids"):
-        prepare(config, vocab_size=270, workdir=tmp_path / "small", log=quiet)
-
-
-def test_one_small_file_is_enough_to_prepare(tmp_path):
-    (tmp_path / "poem.txt").write_text("a line\n" * 20)
-    config = DataConfig(paths=(str(tmp_path / "poem.txt"),))
-    data = prepare(config, vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
-    (head,), (tail,) = (documents_of(data.tokenizer, side) for side in (data.train, data.heldout))
-    assert head + tail == "a line\n" * 20
-
-
-def test_a_long_document_is_tokenised_in_pieces_and_stays_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 64)
-    monkeypatch.setattr(store, "_BATCH_BYTES", 150)
-    texts = write_texts(tmp_path / "text")
-    data = prepare(config_of(tmp_path / "text"), vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
-    stored = documents_of(data.tokenizer, data.train) + documents_of(data.tokenizer, data.heldout)
-    assert sorted(stored) == sorted(texts)
-
-
-def leftovers(workdir: Path) -> list[str]:
-    return sorted(path.name for path in workdir.iterdir() if path.name.startswith(".data-"))
-
-
-def test_a_killed_process_leaves_nothing_that_is_taken_for_data(tmp_path):
-    write_texts(tmp_path / "text")
-    workdir = tmp_path / "run"
-    program = (
-        "import os, sys; from dsjax.data import prepare; from dsjax.config import DataConfig\n"
-        "config = DataConfig(paths=(sys.argv[1],), heldout_fraction=0.2)\n"
-        "end = lambda line: os._exit(9) if 'prepared in' in line else None\n"
-        "prepare(config, vocab_size=300, workdir=sys.argv[2], log=end)"
+def test_wrong_flags_are_one_sentence(tmp_path, flags, message):
+    if "--input=nothing*" in flags:
+        flags = [*flags, "--train-tokenizer", "--vocab-size=600"]
+    program = [sys.executable, "-m", "dsjax.data.prepare", f"--output={tmp_path}/out", *flags]
+    done = subprocess.run(
+        program, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
-    arguments = [sys.executable, "-c", program, str(tmp_path / "text"), str(workdir)]
-    assert subprocess.run(arguments, check=False).returncode == 9
-    (left,) = leftovers(workdir)
-    assert not (workdir / "data").exists()
-    long_ago = time.time() - 7200
-    for path in (workdir / left, *(workdir / left).iterdir()):
-        os.utime(path, (long_ago, long_ago))
-    data = prepare(config_of(tmp_path / "text"), vocab_size=VOCAB, workdir=workdir, log=quiet)
-    assert len(data.train.tokens)
-    assert leftovers(workdir) == []
+    assert done.returncode in (1, 2)
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
-def test_the_folder_of_a_process_at_work_is_left_alone(tmp_path):
-    write_texts(tmp_path / "text")
-    at_work = tmp_path / "run" / ".data-0123456789ab"
-    at_work.mkdir(parents=True)
-    (at_work / "train_tokens.npy").write_bytes(b"half")
-    long_ago = time.time() - 7200
-    os.utime(at_work, (long_ago, long_ago))  # its files are recent
-    prepare(config_of(tmp_path / "text"), vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
-    assert leftovers(tmp_path / "run") == [at_work.name]
+# ---------------------------------------------------------------- clusters
 
 
-def test_an_interrupted_preparation_cleans_up_and_can_be_repeated(tmp_path, monkeypatch):
-    write_texts(tmp_path / "text")
-
-    def interrupted(folder, side, *rest):
-        if side == "heldout":
-            raise KeyboardInterrupt
-        store.write_store(folder, side, *rest)
-
-    config = config_of(tmp_path / "text")
-    monkeypatch.setattr(preparation, "write_store", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(config, vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
-    assert list((tmp_path / "run").iterdir()) == []
-    monkeypatch.undo()
-    prepare(config, vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
+def test_ray_writes_the_same_bytes(corpus, undisturbed, tmp_path):
+    finish(command(corpus, tmp_path / "set", "--engine=ray", "--ray-address=local"))
+    assert hashes(tmp_path / "set") == hashes(undisturbed)
 
 
-def test_two_processes_may_prepare_at_a_time(tmp_path):
-    write_texts(tmp_path / "text")
-    config = config_of(tmp_path / "text")
-
-    def overtaken(line: str) -> None:
-        if "prepared in" in line and not (tmp_path / "run" / "data").exists():
-            prepare(config, vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
-
-    data = prepare(config, vocab_size=VOCAB, workdir=tmp_path / "run", log=overtaken)
-    assert len(data.train.tokens) == data.manifest["tokens"]["train"]
-    assert leftovers(tmp_path / "run") == []
-
-
-@pytest.mark.parametrize("manifest", [None, "{", "[]", "{}", '{"made_by": "something else"}'])
-def test_a_data_folder_of_another_kind_is_not_touched(tmp_path, manifest):
-    texts = write_texts(tmp_path / "data")
-    if manifest is not None:
-        (tmp_path / "data" / "manifest.json").write_text(manifest)
-    with pytest.raises(ConfigError, match=r"holds something else .*use another workdir"):
-        prepare(config_of(tmp_path / "data"), vocab_size=VOCAB, workdir=tmp_path, log=quiet)
-    assert len(list((tmp_path / "data").glob("*.txt"))) == len(texts)
+_SBATCH = """#!/bin/bash
+# Stands for Slurm: does the tasks of an array at once, one after another.
+script="${@: -1}"
+echo "$@" >> "$CALLS"
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+export SLURM_NODELIST=localhost RUN_OFFSET=0
+for task in $(seq 0 "${last:-0}"); do
+    SLURM_ARRAY_TASK_ID=$task bash "$script" >> "$CALLS.log" 2>&1 || exit 1
+done
+echo "Submitted batch job $(wc -l < "$CALLS")"
+"""
+_SRUN = """#!/bin/bash
+while [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; done
+exec "$@"
+"""
 
 
-@pytest.mark.parametrize("harm", ["short tokens", "no tokens", "no tokenizer", "fewer tokens"])
-def test_a_damaged_folder_is_an_error_that_says_what_to_do(tmp_path, harm):
-    write_texts(tmp_path / "text")
-    config = config_of(tmp_path / "text")
-    prepare(config, vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
-    tokens = tmp_path / "run/data/train_tokens.npy"
-    if harm == "short tokens":
-        tokens.write_bytes(tokens.read_bytes()[:-4])
-    elif harm == "no tokens":
-        tokens.write_bytes(b"")
-    elif harm == "no tokenizer":
-        (tmp_path / "run/data/tokenizer.json").unlink()
-    else:
-        np.save(tokens, np.zeros(5, np.uint32))
-    with pytest.raises(ConfigError, match=r"is damaged .*delete it"):
-        prepare(config, vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet)
+def test_slurm_jobs_follow_each_other_and_write_the_same_bytes(corpus, undisturbed, tmp_path):
+    """datatrove's scripts and steps are real; sbatch is a stand-in, for there is no Slurm on a machine of CI."""
+    tools = {"sbatch": _SBATCH, "srun": _SRUN, "scontrol": "#!/bin/bash\necho localhost\n"}
+    for name, script in tools.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    flags = ("--engine=slurm", "--slurm-partition=cpu", "--slurm-memory-gb=8")
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+    said = finish(command(corpus, tmp_path / "set", *flags), **paths)
+    assert (
+        "submitted as Slurm jobs 1, 3, 5, 7, 9: when all are done," in said
+    )  # the others collect statistics
+    assert hashes(tmp_path / "set") == hashes(undisturbed)
+    depends = [
+        line for line in (tmp_path / "calls").read_text().splitlines() if "--dependency=afterok" in line
+    ]
+    assert len(depends) == 4
+    script = (tmp_path / "set.slurm/tokenise/launch_script.slurm").read_text()
+    assert "#SBATCH --partition=cpu" in script
+    assert "#SBATCH --mem-per-cpu=8G" in script
+
+
+def test_a_failing_sbatch_is_one_sentence(corpus, tmp_path):
+    (tmp_path / "sbatch").write_text("#!/bin/bash\necho no such partition >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    flags = ("--engine=slurm", "--slurm-partition=cpu")
+    said = finish(
+        command(corpus, tmp_path / "set", *flags), status=1, PATH=f"{tmp_path}:{os.environ['PATH']}"
+    )
+    assert "no such partition" in said
+    assert said.splitlines()[-1].startswith("--engine=slurm: sbatch ")
+    assert "Traceback" not in said
+
+
+def test_the_text_of_a_set_trains_the_same_tokenizer_again(undisturbed, corpus, tmp_path):
+    """What was trained can be given: ids, text and shards are then the same."""
+    flags = [f"--tokenizer={undisturbed}/tokenizer.json", "--heldout-fraction=0.1"]
+    program = [
+        flag for flag in command(corpus, tmp_path / "set") if "tokenizer" not in flag and "vocab" not in flag
+    ]
+    finish([*program, *flags])
+    one, two = open_set(undisturbed), open_set(tmp_path / "set")
+    assert one.manifest["fingerprint"] == two.manifest["fingerprint"]
+    assert np.array_equal(one.train.lengths, two.train.lengths)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -41,7 +41,9 @@ def test_every_compression(tmp_path, ending):
     compress = COMPRESSIONS[ending]
     (tmp_path / f"a.txt{ending}").write_bytes(compress("\ufeffGrüße\n".encode()))
     assert whole(tmp_path / f"a.txt{ending}") == [Text(f"a.txt{ending}", "Grüße\n")]
-    (tmp_path / f"b.jsonl{ending}").write_bytes(compress(lines({"text": "x"}, {"text": "Ü"})))
+    (tmp_path / f"b.jsonl{ending}").write_bytes(
+        compress(b"\xef\xbb\xbf" + lines({"text": "x"}, {"text": "Ü"}))
+    )
     assert [found.text for found in whole(tmp_path / f"b.jsonl{ending}")] == ["x", "Ü"]
 
 
@@ -101,8 +103,9 @@ def test_what_is_no_document_is_named_and_the_rest_is_read(tmp_path):
     assert all(offset == 0 or content[offset - 1 : offset] == b"\n" for offset in offsets)
 
 
-def test_a_line_of_many_megabytes_costs_no_memory(tmp_path):
-    path = tmp_path / "a.jsonl"
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_line_of_many_megabytes_costs_no_memory(tmp_path, name):
+    path = tmp_path / name
     with path.open("wb") as file:
         file.write(b'{"text": "')
         for _ in range(200):
@@ -113,19 +116,77 @@ def test_a_line_of_many_megabytes_costs_no_memory(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert [type(each) for each in found] == [Reject, Text]
-    assert found[0] == Reject("a.jsonl:0", "too long")
+    assert found[0] == Reject(f"{name}:0", "too long")
     assert peak < 16 << 20
 
 
 def test_files_of_text(tmp_path):
     (tmp_path / "latin").write_bytes("Grüße".encode("latin-1"))
+    (tmp_path / "cut").write_bytes("é".encode()[:1])
     (tmp_path / "long").write_bytes(b"x" * 10_001)
     (tmp_path / "most").write_bytes(b"x" * 10_000)
+    (tmp_path / "ends").write_bytes(b"\xef\xbb\xbfdos\r\nmac\runix\n\x00")
     assert [each.reason for each in whole(tmp_path / "latin")] == ["not UTF-8"]
-    assert whole(tmp_path / "long") == [Reject("long", "too long")]
+    assert [each.reason for each in whole(tmp_path / "cut")] == ["not UTF-8"]
+    assert whole(tmp_path / "long") == [Reject("long:0", "too long")]
     assert whole(tmp_path / "most") == [Text("most", "x" * 10_000)]
+    assert whole(tmp_path / "ends") == [Text("ends", "dos\r\nmac\runix\n\x00")]
     gone = Part(tmp_path / "gone", "gone", 0, 1)
     assert [each.reason for each in read(gone, text_field="text", most_bytes=10)] == ["unreadable"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lines=st.lists(st.text(max_size=15), max_size=30),
+    too_long=st.text(min_size=41, max_size=150).map(lambda line: line.replace("\n", " ")),
+    place=st.integers(0, 30),
+    ends_with_line=st.booleans(),
+)
+@example(["\ufeff a mark", "", "\ufeff at the start of a line", "and so on " * 3] * 3, "x" * 41, 3, True)
+@example(["a line"] * 20, "x" * 40, 0, False)
+@example(["a line"] * 5, "x" * 39 + "é", 5, False)
+def test_a_long_file_is_cut_at_line_ends(tmp_path_factory, lines, too_long, place, ends_with_line):
+    """What is kept and what is not are the file, piece by piece; documents have as many lines as they may."""
+    path = tmp_path_factory.mktemp("long") / "a.txt"
+    text = "\n".join([*lines[:place], too_long, *lines[place:]]) + "\n" * ends_with_line
+    path.write_bytes(content := text.encode())
+    found = whole(path, most_bytes=40)
+    starts = [int(each.name.removeprefix("a.txt:")) for each in found]
+    assert starts[0] == 0
+    for each, start, stop in zip(found, starts, [*starts[1:], len(content)], strict=True):
+        piece, line_after = content[start:stop], content[stop : content.find(b"\n", stop) + 1 or None]
+        assert start == 0 or content[start - 1 : start] == b"\n"
+        if isinstance(each, Reject):
+            assert each == Reject(f"a.txt:{start}", "too long")
+            assert len(piece) > 40
+            assert b"\n" not in piece[:-1]
+        else:
+            assert each.text == piece.decode("utf-8-sig" if start == 0 else "utf-8")
+            assert len(piece) <= 40
+            assert len(piece + line_after) > 40 or not line_after
+    assert any(isinstance(each, Reject) for each in found)
+
+
+@pytest.mark.parametrize("ending", COMPRESSIONS)
+def test_a_long_file_is_cut_in_the_same_places_in_any_archive(tmp_path, ending):
+    lines = [f"line {number} {'é中' * (number % 50)}\n" for number in range(20_000)]
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(COMPRESSIONS[ending]("".join(lines).encode()))
+    found = whole(path, most_bytes=100_000)
+    assert "".join(each.text for each in found) == "".join(lines)
+    sizes = [len(each.text.encode()) for each in found]
+    assert all(100_000 - 300 < size <= 100_000 for size in sizes[:-1])
+    starts = itertools.accumulate([0, *sizes[:-1]])
+    assert [each.name for each in found] == [f"a.txt{ending}:{start}" for start in starts]
+
+
+def test_only_the_piece_that_is_not_utf8_is_left_out(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good\n" * 10 + b"caf\xe9\n" + b"good\n" * 10)
+    found = whole(tmp_path / "a.txt", most_bytes=20)
+    assert [each.name for each in found if isinstance(each, Reject)] == ["a.txt:40"]
+    (rejected,) = (each for each in found if isinstance(each, Reject))
+    assert (rejected.reason, rejected.sample) == ("not UTF-8", r"b'good\ngood\ncaf\xe9\ngood\n'")
+    assert "".join(each.text for each in found if isinstance(each, Text)) == "good\n" * 17
 
 
 def test_parquet_by_row_groups(tmp_path):

@@ -5,17 +5,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from dsjax.data import token_set
-from dsjax.data.token_set import ShardWriter, TokenSet
+from dsjax.data import shards, token_set
+from dsjax.data.shards import ShardWriter
+from dsjax.data.token_set import TokenSet
 
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """Three shards, one of them of empty documents only; records of 100 tokens."""
-    monkeypatch.setattr(token_set, "RECORD_TOKENS", 100)
+    for module in (shards, token_set):
+        monkeypatch.setattr(module, "RECORD_TOKENS", 100)
     rng = np.random.default_rng(0)
-    shards = [[0, 5, 100, 101, 777], [0, 0], [250, 1]]
-    documents = [[rng.integers(0, 2**31, n).astype(np.int32) for n in lengths] for lengths in shards]
+    sizes = [[0, 5, 100, 101, 777], [0, 0], [250, 1]]
+    documents = [[rng.integers(0, 2**31, n).astype(np.int32) for n in lengths] for lengths in sizes]
     for number, own in enumerate(documents):
         writer = ShardWriter(tmp_path, f"train-{number}")
         for tokens in own:

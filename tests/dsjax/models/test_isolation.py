@@ -5,6 +5,9 @@ import pytest
 from numerics import relative
 from small_model import logits_of, random_model, random_tokens, small_config, with_config
 
+from dsjax.data.documents import Controls
+from dsjax.data.windows import ConcatWindows, PackedWindows, Shape
+
 LENGTH = 600
 FORMS = {"mha": LENGTH, "mqa": 64}  # dense_attention_max_length
 V3 = {"index_topk": 0}
@@ -58,6 +61,43 @@ def test_documents_do_not_see_each_other(model, tokens):
     together = logits(model, tokens)
     other_together = logits(model, changed(tokens, (0, slice(0, 250))))
     assert relative(other_together[:, second], together[:, second]) > 1e-2
+
+
+class Texts:
+    """Documents in memory, as windows read them."""
+
+    def __init__(self, tokens: np.ndarray, lengths: list[int]):
+        self.lengths = np.array(lengths)
+        self.stored = np.split(tokens, np.cumsum(lengths)[:-1])
+
+    def text(self, number: int, start: int, stop: int) -> np.ndarray:
+        return self.stored[number][start:stop]
+
+
+@pytest.mark.parametrize("kind", [PackedWindows, ConcatWindows])
+def test_in_isolated_windows_no_token_attends_to_another_document(model, tokens, kind):
+    """Windows as training reads them, with moved middles; each document in turn becomes another text."""
+    lengths = [200, 150, 120, 80]
+    controls = Controls(bos=0, eos=1, pad=2, fim_begin=3, fim_hole=4, fim_end=5)
+    shape = Shape(LENGTH, isolate=True, fim_rate=0.5, seed=0)
+    stored = np.maximum(tokens[0, : sum(lengths)], 10)
+    window = kind(Texts(stored, lengths), shape, controls).window(0, 0)
+
+    def seen(tokens: np.ndarray) -> np.ndarray:
+        batch = (tokens[None], window["positions"][None], window["segment_ids"][None])
+        return np.asarray(logits_of(model, *batch))[0]
+
+    before, segments = seen(window["tokens"]), window["segment_ids"]
+    assert sorted(set(segments.tolist()) - {0}) == [1, 2, 3, 4]
+    assert np.count_nonzero(window["tokens"] == controls.fim_begin) == 2
+    for segment in (1, 2, 3, 4):
+        own = segments == segment
+        after = seen(
+            np.where(own & (window["tokens"] > 5), (window["tokens"] + 7) % 500 + 6, window["tokens"])
+        )
+        others = ~own & (segments > 0)
+        assert relative(after[own], before[own]) > 0.1
+        assert relative(after[others], before[others]) < 1e-6
 
 
 def test_a_document_gives_the_same_wherever_it_stands():
