@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int64, UInt8, UInt32
 
 from dsjax.config import ConfigError
 from dsjax.data.plan import Plan, Settings, write_json
 from dsjax.data.readers import Part, Reject, Text, compression_of, needed, read
+from dsjax.data.record_file import RecordFile
 
 _SAMPLES = 10  # kept of each reason in a task
 _SAMPLE_CHARACTERS = 300
@@ -72,14 +72,13 @@ def clean(plan: Plan, task: int, report: Callable[[int], None]) -> None:
         account.counts[step] = {"documents": 0, "bytes": 0}
     signature = _signature_of(settings)
     path = plan.work / f"clean-{task:05}.array_record"
-    writer = ArrayRecordWriter(f"{path}.unfinished", "group_size:1,uncompressed")
+    writer = RecordFile(path)
     for part in plan.tasks[task]:
         for text in _accepted(plan, part, account):
             writer.write(text.text.encode())
             facts.append(text, signature(text.text))
         report(part.size_bytes)
     writer.close()
-    os.replace(f"{path}.unfinished", path)
     facts.save(path.with_suffix(".npz"))
     write_json(path.with_suffix(".json"), vars(account))
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from dsjax.config import ConfigError
 from dsjax.data.manifest import read_manifest
 from dsjax.data.plan import Names, Plan, Settings, begin, check_same, held
 from dsjax.data.tokenizer import Tokenizer
@@ -30,4 +31,10 @@ def prepare_set(
             check_same(read_manifest(folder)["config"], settings, names, folder)
             shutil.rmtree(folder / "work", ignore_errors=True)  # the last thing to do, and it was not done
         else:
-            engine(begin(folder, settings, names, given))
+            try:
+                engine(begin(folder, settings, names, given))
+            except OSError as error:
+                raise ConfigError(
+                    f"{error.filename or folder} cannot be written or read ({error.strerror or error}): when that is "
+                    "mended, the same command goes on where it was"
+                ) from error

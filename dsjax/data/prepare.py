@@ -30,9 +30,6 @@ def main() -> None:
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(1)
-    except OSError as error:
-        sys.stderr.write(f"{error.filename or arguments.output} cannot be used: {error.strerror or error}\n")
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("stopped: run the same command again to go on\n")
         sys.exit(130)
