@@ -125,16 +125,33 @@ def test_a_run_leaves_everything_behind(undisturbed):
     assert timing[-1]["timing/tokens_per_second"] > 0
 
 
+@pytest.fixture(scope="module")
+def mixture(text, tmp_path_factory) -> dict[str, object]:
+    """Two prepared sets, packed whole and isolated, with moved middles."""
+    folder = tmp_path_factory.mktemp("sets")
+    program = [sys.executable, "-m", "dsjax.data.prepare", f"--input={text}"]
+    finish([*program, f"--output={folder}/a", "--train-tokenizer", "--vocab-size=512"])
+    finish([*program, f"--output={folder}/b", f"--tokenizer={folder}/a/tokenizer.json", "--seed=1"])
+    sets = {"data.sets": f"{folder}/a=3,{folder}/b=1", "data.paths": "", "data.packing": "whole"}
+    return sets | {"data.isolate_documents": "true", "data.fim_rate": 0.5}
+
+
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_a_random_step_it_goes_on_bit_for_bit(command, undisturbed, tmp_path, seed):
-    process = start(command(tmp_path))
+def test_killed_at_a_random_step_it_goes_on_bit_for_bit(command, undisturbed, mixture, tmp_path, seed):
+    """Once on text as it is, once on a mixture of prepared sets."""
+    changes: dict[str, object] = {}
+    if seed:
+        changes, undisturbed = mixture, tmp_path / "undisturbed"
+        finish(command(undisturbed, **changes))
+    tmp_path = tmp_path / "killed"
+    process = start(command(tmp_path, **changes))
     wait_for_step(tmp_path, random.Random(seed).randint(11, 55), process)
     while not saved_steps(tmp_path):  # the first is written in the background, from step 10 on
         assert process.poll() is None, "the run ended without a checkpoint"
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    output = finish(command(tmp_path))
+    output = finish(command(tmp_path, **changes))
     assert "resumed from the checkpoint of step" in output
     assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
     assert (tmp_path / "sample.txt").read_bytes() == (undisturbed / "sample.txt").read_bytes()
