@@ -72,7 +72,7 @@ def _tokenising(folder: Path, size_bytes: int, rounds: int) -> None:
     settings = Settings(
         inputs=(str(folder / "texts"),),
         quality="none",
-        near_duplicates=False,
+        keep_near_duplicates=True,
         tokenizer=str(folder / "tokenizer.json"),
     )
     numbers, stage_seconds = itertools.count(), {}

@@ -113,7 +113,7 @@ def _filter_for(part: Part, settings: Settings) -> Callable[[str], str]:
 
 
 def _signature_of(settings: Settings) -> Callable[[str], UInt32[np.ndarray, "256"] | None]:
-    if not settings.near_duplicates:
+    if settings.keep_near_duplicates:
         return lambda text: None
     return needed("dsjax.data.near_duplicates", "removing near-duplicates").signature
 

@@ -34,7 +34,7 @@ class Settings:
     text_field: str = "text"  # of JSON lines and parquet
     max_document_bytes: int = 16 << 20
     quality: Quality = "auto"
-    near_duplicates: bool = True  # whether they are removed
+    keep_near_duplicates: bool = False
     heldout_fraction: float = 0.02  # of the documents, by a hash of their text
     tokenizer: str = ""  # a tokenizer.json; "": one is trained
     vocab_size: int = 0  # of one that is trained; of the model, which a given one must fit; 0: any
@@ -166,8 +166,13 @@ def held(folder: Path) -> Iterator[None]:
             f"{folder} cannot be made or written ({error.strerror}): name another folder"
         ) from None
     with file:
-        with contextlib.suppress(OSError):  # a file system without locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
         yield
 
 

@@ -152,7 +152,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         text_field=arguments.text_field,
         max_document_bytes=arguments.max_document_bytes,
         quality=arguments.quality,
-        near_duplicates=not arguments.keep_near_duplicates,
+        keep_near_duplicates=arguments.keep_near_duplicates,
         heldout_fraction=arguments.heldout_fraction,
         tokenizer=arguments.tokenizer,
         vocab_size=arguments.vocab_size,

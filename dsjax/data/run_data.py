@@ -71,7 +71,7 @@ def _own_set(config: DataConfig, vocab_size: int, folder: Path, kept: Path | Non
     settings = Settings(
         inputs=config.paths,
         quality="none",
-        near_duplicates=False,
+        keep_near_duplicates=True,
         heldout_fraction=config.heldout_fraction,
         tokenizer=config.tokenizer,
         vocab_size=vocab_size,

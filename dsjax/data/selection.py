@@ -61,7 +61,7 @@ def select(plan: Plan, report: Callable[[int], None]) -> None:
     repeated = _first_equal(digests)
     _account_for(account, "exact duplicate", repeated, cleaned, firsts)
     account.counts["without_exact_duplicates"] = _count(sizes[repeated < 0])
-    if plan.settings.near_duplicates:
+    if not plan.settings.keep_near_duplicates:
         near = _first_alike(cleaned, repeated, sizes, report)
         _account_for(account, "near-duplicate", near, cleaned, firsts)
         repeated = np.maximum(repeated, near)
@@ -80,7 +80,7 @@ def select(plan: Plan, report: Callable[[int], None]) -> None:
 
 def bytes_to_compare(plan: Plan) -> int:
     """The work of ``select``."""
-    if not plan.settings.near_duplicates:
+    if plan.settings.keep_near_duplicates:
         return 0
     return sum(int(Cleaned(plan, task).sizes.sum()) for task in range(len(plan.tasks)))
 

@@ -155,7 +155,7 @@ def _legend() -> Text:
 def _account(data: RunData, windows: Mixture, controls: Controls, count: int) -> Table:
     """Of the first windows, by set: share, the one wanted, documents begun, moved middles, padding."""
     table = Table(box=None, pad_edge=False, title=f"the first {count:,} windows", title_justify="left")
-    for column in ("set", "windows", "share", "wanted", "tokens", "begun", "moved", "padding", "no loss"):
+    for column in ("windows", "share", "wanted", "tokens", "begun", "moved", "padding", "no loss", "set"):
         table.add_column(column, justify="left" if column == "set" else "right", overflow="fold")
     sums = np.zeros((len(data.sets), 6), np.int64)
     for number in range(count):
@@ -176,7 +176,7 @@ def _account(data: RunData, windows: Mixture, controls: Controls, count: int) ->
             f"{begun:,}",
             *(f"{x:.2%}" for x in shares),
         )
-        table.add_row(str(part.folder), f"{had:,}", *told)
+        table.add_row(f"{had:,}", *told, str(part.folder))
     return table
 
 

@@ -51,8 +51,8 @@ def length_histogram(
 
     ``lengths`` are tokens of documents. Bars are by tokens, not by documents: it is tokens that training reads.
     """
-    longest = max([sequence_length, *(int(own.max(initial=1)) for own in lengths.values())])
-    edges = 2.0 ** np.arange(np.ceil(np.log2(longest)) + 1.01)
+    every = np.maximum(np.concatenate([[sequence_length], *lengths.values()]), 1)
+    edges = 2.0 ** np.arange(np.floor(np.log2(every.min())), np.ceil(np.log2(every.max())) + 1.01)
     figure = Figure(figsize=(7.2, 3.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -69,6 +69,7 @@ def length_histogram(
         color=_GREY,
     )
     axes.set_xscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_title("Tokens by the length of their document", loc="left")
     axes.set_xlabel("tokens of a document")
     axes.set_ylabel("tokens")

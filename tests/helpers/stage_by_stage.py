@@ -10,7 +10,7 @@ from dsjax.data.tokenizer import Tokenizer
 def begun(folder: Path, *inputs: Path, given: Tokenizer | None = None, **settings) -> Plan:
     """The plan of a new set in ``folder``, of everything in ``inputs`` if no setting says otherwise."""
     folder.mkdir()
-    everything = {"quality": "none", "near_duplicates": False, "vocab_size": 0 if given else 300}
+    everything = {"quality": "none", "keep_near_duplicates": True, "vocab_size": 0 if given else 300}
     wanted = Settings(**{"inputs": tuple(map(str, inputs)), **everything, **settings})
     return begin(folder, wanted, Names(), given)
 

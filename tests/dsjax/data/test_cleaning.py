@@ -72,7 +72,9 @@ def test_texts_are_kept_with_their_names_hashes_and_sizes(tmp_path):
 
 def test_signatures_are_kept_where_near_duplicates_are_looked_for(tmp_path):
     texts = [f"text number {number} of three, each with words of its own: {number**9}" for number in range(3)]
-    found = cleaned(begun(tmp_path / "set", write_files(tmp_path / "text", *texts), near_duplicates=True))
+    found = cleaned(
+        begun(tmp_path / "set", write_files(tmp_path / "text", *texts), keep_near_duplicates=False)
+    )
     assert np.array_equal(found.signatures(), [signature(text) for text in texts])
 
 
@@ -107,7 +109,7 @@ def test_no_file_stays_open(hundred):
 
 def test_a_task_without_any_text_is_read_back_as_such(tmp_path):
     (tmp_path / "blank.txt").write_text(" \n\t\n")
-    found = cleaned(begun(tmp_path / "set", tmp_path / "blank.txt", near_duplicates=True))
+    found = cleaned(begun(tmp_path / "set", tmp_path / "blank.txt", keep_near_duplicates=False))
     assert texts_of(found) == found.names() == []
     assert found.digests.shape == (0, 16)
     assert found.account["reasons"] == {"empty": 1}

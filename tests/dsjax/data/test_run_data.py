@@ -242,7 +242,7 @@ def make_set(folder: Path, text: Path, **changes) -> PreparedSet:
         **{
             "inputs": (str(text),),
             "quality": "none",
-            "near_duplicates": False,
+            "keep_near_duplicates": True,
             "vocab_size": VOCAB,
             **changes,
         }

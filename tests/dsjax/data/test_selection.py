@@ -135,23 +135,25 @@ def test_near_duplicates_are_counted_and_named_with_what_they_repeat(tmp_path, m
     names = ("argparse", "calendar", "difflib", "heapq", "shlex", "textwrap")
     originals = [(root / f"{name}.py").read_text(encoding="utf-8") for name in names]
     edited = [text.replace("self", "this", 2) + "\n# The end.\n" for text in originals[:3]]
-    texts = [*originals, *edited, originals[1], originals[4]]
-    plan = selected(tmp_path, *texts, near_duplicates=True, heldout_fraction=0.4)
+    texts = [originals[0], originals[0], *originals[1:], *edited, originals[4]]
+    plan = selected(tmp_path, *texts, keep_near_duplicates=False, heldout_fraction=0.4)
     assert len(plan.tasks) > 3
-    found = [side != REPEATED for _, side in side_of_texts(plan)]
-    assert found == [True] * 6 + [False] * 5
+    stays = [side != REPEATED for _, side in side_of_texts(plan)]
+    assert stays == [True, False] + [True] * 5 + [False] * 4
     account = account_of(plan)
     assert account["reasons"] == {"exact duplicate": 2, "near-duplicate": 3}
+    repeated = [(1, "exact duplicate", 0), (10, "exact duplicate", 5)]
+    repeated += [(7, "near-duplicate", 0), (8, "near-duplicate", 2), (9, "near-duplicate", 3)]
     file = str(tmp_path / "text" / "{:03}.txt")
-    assert account["samples"] == [
-        [file.format(9), "exact duplicate", f"repeats {file.format(1)}"],
-        [file.format(10), "exact duplicate", f"repeats {file.format(4)}"],
-        *([file.format(6 + n), "near-duplicate", f"repeats {file.format(n)}"] for n in range(3)),
+    wanted = [
+        [file.format(number), reason, f"repeats {file.format(first)}"] for number, reason, first in repeated
     ]
-    sizes = [len(text.encode()) for text in texts]
+    assert account["samples"] == wanted
+    sizes = np.array([len(text.encode()) for text in texts])
+    exact, near = int(sizes[[1, 10]].sum()), int(sizes[[7, 8, 9]].sum())
     assert account["counts"] == {
-        "without_exact_duplicates": {"documents": 9, "bytes": sum(sizes[:9])},
-        "without_near_duplicates": {"documents": 6, "bytes": sum(sizes[:6])},
+        "without_exact_duplicates": {"documents": 9, "bytes": int(sizes.sum()) - exact},
+        "without_near_duplicates": {"documents": 6, "bytes": int(sizes.sum()) - exact - near},
     }
 
 
