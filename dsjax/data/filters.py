@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import regex
 from datatrove.data import Document
 from datatrove.pipeline.filters.c4_filters import C4QualityFilter
 from datatrove.pipeline.filters.gopher_quality_filter import GopherQualityFilter
@@ -18,9 +19,11 @@ from ftfy.badness import badness
 
 # Files of these are prose where the user leaves the choice; files of other endings are code.
 _PROSE = frozenset({"", ".txt", ".md", ".markdown", ".rst", ".tex", ".jsonl", ".ndjson", ".parquet"})
-_EAST_ASIAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-_ONE_CHARACTER = re.compile(f"[{_EAST_ASIAN}]")
-_WORDS = re.compile(rf"[{_EAST_ASIAN}]|[^\s{_EAST_ASIAN}]+")
+# Scripts that do not put blanks between words, and Hangul, whose words are as short.
+_SCRIPTS = ("Han", "Hiragana", "Katakana", "Hangul", "Thai", "Lao", "Khmer", "Myanmar")
+_UNSPACED = "".join(rf"\p{{{script}}}" for script in _SCRIPTS)
+_UNSPACED_WORDS = regex.compile(rf"[{_UNSPACED}]\p{{M}}*")
+_WORDS = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[^\s{_UNSPACED}]+")
 _MACHINE_WRITTEN = re.compile(
     r"@generated|do not (?:edit|modify)|auto-?generated|automatically generated|machine generated"
     r"|\b(?:code|file|codec \S+) (?:is |was )?generated",
@@ -28,18 +31,18 @@ _MACHINE_WRITTEN = re.compile(
 )
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")
 
-_MOST_GARBLED = 0.01  # of the characters: of sound text in any script it is below 0.0004
+_FEW_GARBLED, _MOST_GARBLED = 2, 0.003  # characters, and their share: of sound text it is below 0.0004
 _MOST_BOILERPLATE = 0.2  # of the lines
 _HEAD_LINES = 10  # where programs say that they wrote a file
 _LONGEST_LINE, _LONGEST_MEAN_LINE = 1000, 100  # characters
 _LEAST_LETTERS, _MOST_DIGITS, _MOST_SYMBOLS = 0.25, 0.3, 0.5  # of the characters but blanks
 _REPEATED_LINE, _LEAST_DIFFERENT = 8, 0.5  # lines longer than that many characters; share that must differ
 _LEAST_CODE = 20  # characters but blanks
-_EAST_ASIAN_TEXT = 0.2  # of the words
+_UNSPACED_TEXT = 0.2  # of the words
 
 
 class _Words(WordTokenizer):
-    """What blanks divide, as Gopher has it, and each East Asian character; no model is downloaded."""
+    """What blanks divide, as Gopher has it, and each character of scripts without blanks; no model is downloaded."""
 
     def word_tokenize(self, text: str) -> list[str]:
         return _WORDS.findall(text)
@@ -62,26 +65,26 @@ def filter_for(suffix: str, quality: Literal["auto", "prose", "code"]) -> Callab
 def _prose(text: str) -> Iterator[str]:
     yield from _garbled(text)
     document = Document(text=text, id="")
-    for accept in _prose_filters(_is_east_asian(text)):
+    for accept in _prose_filters(_is_unspaced(text)):
         verdict = accept.filter(document)
         if verdict is not True:
             yield verdict[1] if isinstance(verdict, tuple) else "gopher"
     yield from _boilerplate(text)
 
 
-def _is_east_asian(text: str) -> bool:
+def _is_unspaced(text: str) -> bool:
     if text.isascii():
         return False
     words = _WORDS.findall(text)
-    return len(_ONE_CHARACTER.findall(text)) > _EAST_ASIAN_TEXT * len(words)
+    return len(_UNSPACED_WORDS.findall(text)) > _UNSPACED_TEXT * len(words)
 
 
 @functools.cache
-def _prose_filters(east_asian: bool) -> tuple[GopherRepetitionFilter | GopherQualityFilter, ...]:
+def _prose_filters(unspaced: bool) -> tuple[GopherRepetitionFilter | GopherQualityFilter, ...]:
     words: Any = _Words()  # taken, as are pairs in any number below, though the signatures say other types
     quality = GopherQualityFilter(language=words, min_stop_words=None)  # its stop words are those of English
     repetition: Any = GopherRepetitionFilter(language=words)
-    if east_asian:  # where each of these words is a character, and a word of the language about two
+    if unspaced:  # where each of these words is a character, and a word of the language about two
         quality.min_avg_word_length = quality.max_avg_word_length = None
         repetition.top_n_grams = tuple((2 * n, share) for n, share in repetition.top_n_grams)
         repetition.dup_n_grams = tuple((2 * n, share) for n, share in repetition.dup_n_grams)
@@ -113,8 +116,8 @@ def _code(text: str) -> Iterator[str]:
     lines = text.splitlines()
     if _MACHINE_WRITTEN.search("\n".join(lines[:_HEAD_LINES])):
         yield "machine-written"
-    lengths = [len(line) for line in lines]
-    if max(lengths) > _LONGEST_LINE or sum(lengths) > _LONGEST_MEAN_LINE * len(lines):
+    lengths = [len(line) for line in lines if not line.isspace() and line]
+    if max(lengths) > _LONGEST_LINE or sum(lengths) > _LONGEST_MEAN_LINE * len(lengths):
         yield "long lines"
     letters, digits = (sum(map(kind, inked)) / len(inked) for kind in (str.isalpha, str.isdigit))
     if digits > _MOST_DIGITS:
@@ -130,5 +133,5 @@ def _garbled(text: str) -> Iterator[str]:
     bad = text.count("\ufffd") + len(_CONTROL.findall(text))
     if not text.isascii():
         bad += badness(text)
-    if bad > _MOST_GARBLED * len(text):
+    if bad > max(_FEW_GARBLED, _MOST_GARBLED * len(text)):
         yield "garbled"

@@ -1,5 +1,6 @@
 """Second stage: which documents are kept, and which of them are held out; ``work/sides.npz`` and ``sides.json``."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -138,9 +139,11 @@ def _account_for(
     """Counts what is repeated, and names some with what they repeat."""
     account.reasons[reason] = int(np.count_nonzero(repeated >= 0))
 
+    names = functools.cache(lambda task: cleaned[task].names())
+
     def name(number: int) -> str:
         task = int(np.searchsorted(firsts, number, "right")) - 1
-        return cleaned[task].names()[number - int(firsts[task])]
+        return names(task)[number - int(firsts[task])]
 
     for number in np.flatnonzero(repeated >= 0)[:_SAMPLES].tolist():
         account.samples.append(Reject(name(number), reason, f"repeats {name(int(repeated[number]))}"))

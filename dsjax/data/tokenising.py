@@ -48,22 +48,23 @@ def _sample(plan: Plan) -> Iterator[str]:
         max(_LEAST_SAMPLE_BYTES, plan.settings.vocab_size * _SAMPLE_BYTES_PER_ID),
     )
     cleaned = [Cleaned(plan, task) for task in range(len(plan.tasks))]
-    sizes = np.concatenate([task.sizes for task in cleaned])
-    blocks = np.where(sides.side == TRAIN, -(-sizes // _SAMPLE_BLOCK_BYTES), 0)
-    ends = np.cumsum(blocks)
-    taken = 0
-    for block in np.random.default_rng(plan.settings.seed).permutation(int(ends[-1])).tolist():
-        if taken >= most_bytes:
-            return
-        document = int(np.searchsorted(ends, block, "right"))
-        task = int(np.searchsorted(sides.firsts, document, "right")) - 1
-        (text,) = cleaned[task].texts(np.array([document - sides.firsts[task]]))
-        text = text[: tail_start(text, plan.settings.heldout_fraction)] if sides.cut_tails else text
-        start = (block - int(ends[document] - blocks[document])) * _SAMPLE_BLOCK_BYTES
-        # A block's ends may fall inside a character, which then counts for neither block.
-        piece = text.encode()[start : start + _SAMPLE_BLOCK_BYTES]
-        taken += len(piece)
-        yield piece.decode(errors="ignore")
+    sizes = np.where(sides.side == TRAIN, np.concatenate([task.sizes for task in cleaned]), 0)
+    counts = -(-sizes // _SAMPLE_BLOCK_BYTES)
+    owners, firsts = np.repeat(np.arange(len(sizes)), counts), np.cumsum(counts) - counts
+    starts = (np.arange(len(owners)) - firsts[owners]) * _SAMPLE_BLOCK_BYTES
+    drawn = np.random.default_rng(plan.settings.seed).permutation(len(owners))
+    drawn_bytes = np.cumsum(np.minimum(sizes[owners[drawn]] - starts[drawn], _SAMPLE_BLOCK_BYTES))
+    drawn = np.sort(drawn[: int(np.searchsorted(drawn_bytes, most_bytes)) + 1])  # each text is read once
+    for task, own in enumerate(cleaned):
+        first, last = np.searchsorted(owners[drawn], sides.firsts[task : task + 2])
+        documents, which = np.unique(owners[drawn[first:last]], return_inverse=True)
+        for number, text in enumerate(own.texts(documents - sides.firsts[task])):
+            if sides.cut_tails:
+                text = text[: tail_start(text, plan.settings.heldout_fraction)]
+            encoded = text.encode()
+            for start in starts[drawn[first:last][which == number]].tolist():
+                # A block's ends may fall inside a character, which then counts for neither block.
+                yield encoded[start : start + _SAMPLE_BLOCK_BYTES].decode(errors="ignore")
 
 
 def tokenise(plan: Plan, task: int, report: Callable[[int], None]) -> None:

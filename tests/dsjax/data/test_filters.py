@@ -70,6 +70,13 @@ JAPANESE = """\
 猫に軽く会釈をして、また雨の中へ出ていった。
 """
 
+THAI = """\
+หมู่บ้านเล็กๆริมแม่น้ำแห่งนี้มีที่ทำการไปรษณีย์เพียงแห่งเดียว ทุกเช้าบุรุษไปรษณีย์ขี่จักรยานข้ามเนินเขาไปส่งจดหมาย
+ขากลับเขามักแวะซื้อเต้าหู้หรือหลอดไฟให้คุณยายที่ฝากมาเสมอ พอถึงฤดูฝนถนนก็ลื่นจนต้องเดินเท้า แต่เขาไม่เคยมาสายเลยสักครั้ง
+
+วันหนึ่งมีซองจดหมายที่ตัวหนังสือบนหน้าซองเลือนหายไป เขามองลายมืออยู่นานแล้วเดาว่าเป็นของลูกสาวเจ้าของโรงสีฝั่งตรงข้าม
+เมื่อเคาะประตู หญิงผมขาวคนหนึ่งออกมารับซองไปเงียบๆ แล้วยิ้มอยู่อย่างนั้นเนิ่นนาน
+"""
 KOREAN = """\
 산 아래 작은 마을에는 우체국이 하나밖에 없었다. 우체부는 매일 아침 자전거를 타고 언덕을 넘어 편지를 날랐고,
 돌아오는 길에는 할머니들의 부탁으로 두부나 전구를 사다 주기도 했다. 겨울이 오면 길이 얼어붙어 자전거 대신
@@ -187,7 +194,7 @@ def test_prose_is_turned_away_for(reason, text):
 
 
 @pytest.mark.parametrize(
-    "text", [ENGLISH, FRENCH, GERMAN, RUSSIAN, CHINESE, JAPANESE, KOREAN, CHINESE_MANUAL]
+    "text", [ENGLISH, FRENCH, GERMAN, RUSSIAN, CHINESE, JAPANESE, KOREAN, THAI, CHINESE_MANUAL]
 )
 def test_sound_prose_passes_in_any_script(text):
     assert PROSE(text) == ""
@@ -291,6 +298,13 @@ def test_nearly_all_of_this_repository_passes(rooms, pattern, kind, least):
 def misread(text: str, encoding: str) -> str:
     """UTF-8 taken for another encoding, as browsers do it: bytes that it lacks are control characters."""
     return "".join(bytes([byte]).decode(encoding, "ignore") or chr(byte) for byte in text.encode())
+
+
+def test_a_long_text_with_few_accents_that_was_misread_is_garbled():
+    """A word in eighty, as in Italian manuals."""
+    text = (ENGLISH + "Perché è così.\n") * 3
+    assert PROSE(text) != "garbled"
+    assert PROSE(misread(text, "cp1252")) == "garbled"
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])

@@ -220,8 +220,7 @@ def test_the_sample_is_even_and_always_the_same_and_of_training_text(tmp_path, s
         assert abs(share - 0.25) < 5 * (0.25 * 0.75 / -(-len(text) // 100)) ** 0.5
     small_blocks(10**9)
     everything = "".join(tokenising._sample(plan))
-    assert sorted(everything) == sorted("".join(training))
-    assert everything != "".join(training)
+    assert everything == "".join(training)
 
 
 def test_the_sample_of_another_seed_is_another(tmp_path, small_blocks):
