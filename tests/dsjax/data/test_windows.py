@@ -72,7 +72,8 @@ def test_concatenated_windows_are_a_stream_of_all_documents(given_lengths, lengt
     documents = texts(given_lengths)
     windows = ConcatWindows(documents, Shape(length, isolate, fim_rate, 7), CONTROLS)
     total = sum(given_lengths) + 2 * len(given_lengths) + 3 * round(fim_rate * len(given_lengths))
-    assert windows.count == (total - 1) // length
+    assert windows.count == -(-(total - 1) // length)
+    assert windows.padding == pytest.approx(1 - (total - 1) / (windows.count * length))
     shuffled = [windows.window(epoch, number)["tokens"].tolist() for number in range(windows.count)]
     windows._reader.shuffled = lambda epoch, number, count: number
     found = [windows.window(epoch, number) for number in range(windows.count)]
@@ -83,20 +84,24 @@ def test_concatenated_windows_are_a_stream_of_all_documents(given_lengths, lengt
     stream = [t for n in order for t in windows._reader.read(epoch, int(n), 0, 10**9).tolist()]
     assert len(stream) == total
     for number, window in enumerate(found):
-        first = number * length
-        assert window["tokens"].tolist() == stream[first : first + length]
-        assert window["targets"].tolist() == stream[first + 1 : first + length + 1]
-    for window in found:
+        part = stream[number * length : (number + 1) * length + 1]
+        real = np.arange(length) < len(part) - 1
+        assert window["tokens"][real].tolist() == part[:-1]
+        assert window["targets"][real].tolist() == part[1:]
+        assert (window["tokens"][~real] == CONTROLS.pad).all()
+        assert not window["segment_ids"][~real].any()
+        assert not window["loss_mask"][~real].any()
+        assert real.all() or number == windows.count - 1
         starts = np.flatnonzero(window["tokens"] == CONTROLS.bos)
         expected = np.ones(length, int)
         positions = np.arange(length)
         for start in starts if isolate else []:
             expected[start:] += start > 0
             positions[start:] = np.arange(length - start)
-        assert window["segment_ids"].tolist() == expected.tolist()
-        assert window["positions"].tolist() == positions.tolist()
+        assert window["segment_ids"][real].tolist() == expected[real].tolist()
+        assert window["positions"][real].tolist() == positions[real].tolist()
         mask = np.where(isolate & (window["targets"] == CONTROLS.bos), 0, 1)
-        assert window["loss_mask"].tolist() == mask.tolist()
+        assert window["loss_mask"][real].tolist() == mask[real].tolist()
 
 
 @settings(max_examples=100, deadline=None)
