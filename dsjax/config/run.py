@@ -10,6 +10,9 @@ from dsjax.config.fields import check_types
 from dsjax.config.freeze import Freezable
 from dsjax.config.model import ModelConfig
 
+# Of the windows, that a set must have at least: the mixture has cycles of ten thousand.
+_LEAST_SHARE = 1e-4
+
 
 def _check_at_least(room: str, config: object, least: Mapping[str, float]) -> None:
     for name, bound in least.items():
@@ -75,6 +78,13 @@ class DataConfig(Freezable):
                     f"data.sets: {item!r} must be a folder, or FOLDER=SHARE with a positive number"
                 )
             found.append((folder, share))
+        total = sum(share for _, share in found)
+        for folder, share in found:
+            if not share >= _LEAST_SHARE * total:
+                raise ConfigError(
+                    f"data.sets: {folder!r} has {share:g} of {total:g}, and less than {_LEAST_SHARE:g} of all comes to "
+                    "nothing: give it more, or leave it out"
+                )
         return found
 
 

@@ -4,11 +4,13 @@
 ``clean-N.json``, written last, the account.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +21,12 @@ from array_record.python.array_record_module import ArrayRecordReader
 from jaxtyping import Int64, UInt8, UInt32
 
 from dsjax.config import ConfigError
-from dsjax.data.plan import Plan, Settings, write_json
+from dsjax.data.files import whole_file, write_json
+from dsjax.data.plan import Plan, Settings
 from dsjax.data.readers import Part, Reject, Text, compression_of, needed, read
 from dsjax.data.record_file import RecordFile
 
-_SAMPLES = 10  # kept of each reason in a task
+SAMPLES = 100  # kept of each reason, of a task and of all
 _SAMPLE_CHARACTERS = 300
 _BLOCK_BYTES = 8 << 20  # of texts that are read back at a time
 DIGEST_BYTES = 16
@@ -61,7 +64,7 @@ class Account:
     def reject(self, reject: Reject) -> None:
         """Counts it under its reason, and keeps it if there are few of these."""
         self.reasons[reject.reason] += 1
-        if self.reasons[reject.reason] <= _SAMPLES:
+        if self.reasons[reject.reason] <= SAMPLES:
             self.samples.append(reject._replace(sample=reject.sample[:_SAMPLE_CHARACTERS]))
 
 
@@ -86,7 +89,7 @@ def clean(plan: Plan, task: int, report: Callable[[int], None]) -> None:
 def _accepted(plan: Plan, part: Part, account: Account) -> Iterator[Text]:
     settings = plan.settings
     reason_of = _filter_for(part, settings)
-    _check_stamp(part)
+    _check_stamp(part, plan.work)
     for found in read(part, text_field=settings.text_field, most_bytes=settings.max_document_bytes):
         if isinstance(found, Reject):
             account.reject(found)
@@ -99,7 +102,7 @@ def _accepted(plan: Plan, part: Part, account: Account) -> Iterator[Text]:
         else:
             account.passed("filtered", text)
             yield Text(found.name, text)
-    _check_stamp(part)
+    _check_stamp(part, plan.work)
 
 
 # What these two import is in the extra [data], which a run on one's own text does not need.
@@ -118,7 +121,7 @@ def _signature_of(settings: Settings) -> Callable[[str], UInt32[np.ndarray, "256
     return needed("dsjax.data.near_duplicates", "removing near-duplicates").signature
 
 
-def _check_stamp(part: Part) -> None:
+def _check_stamp(part: Part, work: Path) -> None:
     """Raises ConfigError if the file is not the one that was found: half of it would be of another."""
     try:
         status = part.path.stat()
@@ -126,7 +129,9 @@ def _check_stamp(part: Part) -> None:
     except OSError:
         same = False
     if not same:
-        raise ConfigError(f"{part.name} changed while it was read: start again when it stays still")
+        raise ConfigError(
+            f"{part.name} changed since the work began: when it stays still, delete {work.parent} and begin again"
+        )
 
 
 class _Facts:
@@ -146,7 +151,7 @@ class _Facts:
             self._signatures.append(signature)
 
     def save(self, path: Path) -> None:
-        with path.open("wb") as file:
+        with whole_file(path) as unfinished, unfinished.open("wb") as file:
             np.savez(
                 file,
                 names=np.frombuffer(json.dumps(self._names).encode(), np.uint8),
@@ -163,10 +168,12 @@ class Cleaned:
     """
 
     def __init__(self, plan: Plan, task: int):
+        """Errors: ConfigError, here and in what follows, if it is damaged."""
         self._path = plan.work / f"clean-{task:05}.array_record"
-        self.sizes: Int64[np.ndarray, "D"] = self._stored("sizes")
-        self.digests: UInt8[np.ndarray, "D 16"] = self._stored("digests")
-        self.account: dict[str, Any] = json.loads(self._path.with_suffix(".json").read_bytes())
+        with not_damaged(self._path):
+            self.sizes: Int64[np.ndarray, "D"] = self._stored("sizes")
+            self.digests: UInt8[np.ndarray, "D 16"] = self._stored("digests")
+            self.account: dict[str, Any] = json.loads(self._path.with_suffix(".json").read_bytes())
 
     def names(self) -> list[str]:
         """What reports call the documents."""
@@ -183,11 +190,27 @@ class Cleaned:
 
     def texts(self, numbers: Int64[np.ndarray, "N"]) -> Iterator[str]:
         """Documents by number, a few megabytes of them in memory."""
-        blocks = np.cumsum(self.sizes[numbers]) // _BLOCK_BYTES
-        edges = [*np.flatnonzero(np.diff(blocks, prepend=-1)), len(numbers)]
         if not len(numbers):
             return
-        reader = ArrayRecordReader(str(self._path))
+        blocks = np.cumsum(self.sizes[numbers]) // _BLOCK_BYTES
+        edges = [*np.flatnonzero(np.diff(blocks, prepend=-1)), len(numbers)]
+        with not_damaged(self._path):
+            reader = ArrayRecordReader(str(self._path))
         for first, last in itertools.pairwise(edges):
-            for record in reader.read(numbers[first:last].tolist()):
+            with not_damaged(self._path):
+                records = reader.read(numbers[first:last].tolist())
+                if [len(record) for record in records] != self.sizes[numbers[first:last]].tolist():
+                    raise ValueError("it lacks texts")
+            for record in records:
                 yield record.decode()
+
+
+@contextlib.contextmanager
+def not_damaged(path: Path) -> Iterator[None]:
+    """Turns what reading a damaged file in ``work/`` raises into a ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"{path.with_suffix('')} is damaged ({error}): delete {path.parent.parent} to begin again"
+        ) from error

@@ -75,12 +75,3 @@ def _layout(length: int, cut: Cut | None, controls: Controls) -> Iterator[range 
     yield controls.bos, controls.fim_begin
     yield from (range(cut.start), (controls.fim_hole,), range(cut.stop, length), (controls.fim_end,))
     yield from (range(cut.start, cut.stop), (controls.eos,))
-
-
-def text_of(tokens: Int32[np.ndarray, "T"], controls: Controls) -> Int32[np.ndarray, "T"]:
-    """The text of a whole rendered document, its middle back in its place."""
-    inner = tokens[1:-1]
-    if not len(inner) or inner[0] != controls.fim_begin:
-        return inner
-    hole, end = (int(np.flatnonzero(inner == token)[0]) for token in (controls.fim_hole, controls.fim_end))
-    return np.concatenate([inner[1:hole], inner[end + 1 :], inner[hole + 1 : end]])

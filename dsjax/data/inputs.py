@@ -14,20 +14,23 @@ from dsjax.data.readers import Part, Reject, compression_of, kind_of, needed
 _TASKS = 64
 _LEAST_TASK_BYTES, _MOST_TASK_BYTES = 1 << 20, 256 << 20
 
-# Folders of the standard library that hold tests, other people's packages or compiled files.
-_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+# Folders of the standard library that hold tests or other people's packages.
+_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
-def find_tasks(inputs: tuple[str, ...], called: str) -> tuple[list[list[Part]], list[Reject]]:
+def find_tasks(
+    inputs: tuple[str, ...], called: str, output: Path | None = None
+) -> tuple[list[list[Part]], list[Reject]]:
     """What is read together, in the order of the names of the files, each file once; and what cannot be read.
 
     ``inputs`` are files, folders and globs; without any, the library sources of the running Python. Folders are
-    searched to the bottom; what is hidden in them is left out.
+    searched to the bottom; what is hidden in them is left out, and what stands in ``output``.
 
     Errors: ConfigError, which calls the inputs ``called``, for one that matches no file, and where nothing is left.
     """
     rejects: list[Reject] = []
-    found = _each_once(_find_files(inputs, called, rejects) if inputs else _library_sources(called, rejects))
+    every = _find_files(inputs, called, rejects) if inputs else _library_sources(called, rejects)
+    found = _each_once(every, output)
     files = [(path, name, status) for path, name in found if (status := _status(path, name, rejects))]
     total = sum(status.st_size for _, _, status in files)
     task_bytes = min(max(total // _TASKS, _LEAST_TASK_BYTES), _MOST_TASK_BYTES)
@@ -40,11 +43,17 @@ def find_tasks(inputs: tuple[str, ...], called: str) -> tuple[list[list[Part]], 
     return list(_divided(parts, task_bytes)), rejects
 
 
-def _each_once(files: Iterable[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """Files with their names, in the order of these, and each once however often it was found."""
+def _each_once(files: Iterable[tuple[Path, str]], without: Path | None) -> list[tuple[Path, str]]:
+    """Files with their names, in the order of these, and each once however often it was found; none in ``without``.
+
+    Of several names of a file one that ends in a kind counts: caches keep files under names that are hashes.
+    """
     found: dict[str, tuple[Path, str]] = {}
-    for path, name in files:
-        found.setdefault(os.path.realpath(path), (path, name))
+    left_out = os.path.join(os.path.realpath(without), "") if without else "\0"
+    for path, name in sorted(files, key=lambda item: (not item[0].suffix, item[1])):
+        real = os.path.realpath(path)
+        if not real.startswith(left_out):
+            found.setdefault(real, (path, name))
     return sorted(found.values(), key=lambda item: item[1])
 
 
@@ -72,13 +81,20 @@ def _library_sources(called: str, rejects: list[Reject]) -> Iterator[tuple[Path,
 
 
 def _walk(root: Path, left_out: frozenset[str], rejects: list[Reject]) -> Iterator[Path]:
-    """The files under ``root``, hidden ones and the folders named in ``left_out`` excepted."""
+    """The files under ``root``; what is hidden or compiled, and the folders named in ``left_out``, excepted."""
 
     def note(error: OSError) -> None:
         rejects.append(Reject(_printable(Path(error.filename)), "unreadable", str(error.strerror)))
 
-    for folder, folders, files in os.walk(root, onerror=note):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
+    seen: set[str] = set()  # links may lead in circles
+    for folder, folders, files in os.walk(root, onerror=note, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        wanted = (n for n in folders if not n.startswith(".") and n != "__pycache__" and n not in left_out)
+        folders[:] = sorted(wanted)
         for name in files:
             if not name.startswith("."):
                 yield Path(folder, name)

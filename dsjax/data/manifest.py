@@ -8,26 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.config import ConfigError
-from dsjax.data.cleaning import Cleaned
-from dsjax.data.plan import MADE_BY, Plan, write_json
-from dsjax.data.tokenising import SIDES, hash_of_files
+from dsjax.data.cleaning import SAMPLES, Cleaned, not_damaged
+from dsjax.data.files import hash_of_files, write_json
+from dsjax.data.plan import MADE_BY, Plan
+from dsjax.data.selection import load_sides
+from dsjax.data.tokenising import SIDES
 
-_SAMPLES = 100  # of each reason in rejects.jsonl
 _FIELDS = {"config", "counts", "rejected", "shards", "tokenizer", "fingerprint"}
 
 
 def finish(plan: Plan) -> None:
     """Writes ``rejects.jsonl`` and ``manifest.json`` and removes ``work/``.
 
-    ``config``: the settings. ``counts``: documents and bytes after each step, tokens of both sides. ``rejected``: how
-    many for each reason. ``shards``: what is in each, with blake2b of its files. ``fingerprint``: of everything that
-    training sees, tokenizer and shards.
+    ``config``: the settings. ``counts``: documents and bytes after each step, tokens of both sides. ``tails_held_out``:
+    whether every document gave its last part instead of some being held out. ``rejected``: how many for each reason.
+    ``shards``: what is in each, with blake2b of its files. ``fingerprint``: of everything that training sees, tokenizer
+    and shards.
     """
     cleaned = [Cleaned(plan, task).account for task in range(len(plan.tasks))]
-    selected = json.loads((plan.work / "sides.json").read_bytes())
-    tokens = [
-        json.loads((plan.work / f"tokens-{task:05}.json").read_bytes()) for task in range(len(plan.tasks))
-    ]
+    selected = _account(plan.work / "sides.json")
+    tokens = [_account(plan.work / f"tokens-{task:05}.json") for task in range(len(plan.tasks))]
     counts = {step: _sum(account["counts"][step] for account in cleaned) for step in ("read", "filtered")}
     counts |= selected["counts"] | {side: _sum(account[side] for account in tokens) for side in SIDES}
     rejected, samples = Counter(reject.reason for reject in plan.rejects), list(plan.rejects)
@@ -42,6 +42,7 @@ def finish(plan: Plan) -> None:
         "made_by": MADE_BY,
         "config": vars(plan.settings),
         "counts": counts,
+        "tails_held_out": load_sides(plan).cut_tails,
         "rejected": dict(sorted(rejected.items())),
         "tokenizer": tokenizer,
         "fingerprint": hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest(),
@@ -49,6 +50,11 @@ def finish(plan: Plan) -> None:
     }
     write_json(plan.folder / "manifest.json", manifest)
     shutil.rmtree(plan.work)
+
+
+def _account(path: Path) -> Any:
+    with not_damaged(path):
+        return json.loads(path.read_bytes())
 
 
 def _sum(counts: Any) -> dict[str, int]:
@@ -65,7 +71,7 @@ def _write_samples(folder: Path, samples: list[Any]) -> None:
     with (folder / "rejects.jsonl").open("w", encoding="utf-8") as file:
         for name, reason, sample in samples:
             kept[reason] += 1
-            if kept[reason] <= _SAMPLES:
+            if kept[reason] <= SAMPLES:
                 file.write(json.dumps({"reason": reason, "name": name, "sample": sample}) + "\n")
 
 

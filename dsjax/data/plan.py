@@ -10,13 +10,13 @@ import fcntl
 import functools
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from dsjax.config import ConfigError
+from dsjax.data.files import write_json
 from dsjax.data.inputs import find_tasks
 from dsjax.data.readers import Part, Reject
 from dsjax.data.tokenizer import Tokenizer, check_holds_bytes, load_tokenizer
@@ -88,7 +88,7 @@ def load_plan(folder: Path) -> Plan:
         return _parsed(folder, path.read_bytes(), MADE_BY)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} is not the plan of a work that can go on ({error!r}): delete {path.parent} to begin again"
+            f"{path} is not the plan of a work that can go on ({error!r}): delete {folder} to begin again"
         ) from None
 
 
@@ -122,26 +122,43 @@ def begin(folder: Path, settings: Settings, names: Names, given: Tokenizer | Non
     if not given:
         check_holds_bytes(settings.vocab_size, called=names.vocab_size)
     tokenizer_hash = hashlib.blake2b(given.definition.encode(), digest_size=16).hexdigest() if given else ""
-    tasks, rejects = find_tasks(settings.inputs, names.inputs)
+    tasks, rejects = find_tasks(settings.inputs, names.inputs, folder)
     wanted = Plan(folder, settings, tasks, rejects, tokenizer_hash)
     if (folder / "work" / "plan.json").exists():
         begun = load_plan(folder)
-        check_same(vars(begun.settings), settings, names, begun.work)
+        check_same(vars(begun.settings), settings, names, folder)
         if begun != wanted:
-            what = "files" if begun.tokenizer_hash == tokenizer_hash else "tokenizer"
-            raise ConfigError(f"{begun.work} was begun with other {what}: delete it to begin again")
+            raise ConfigError(
+                f"the work in {folder} was begun with other {_difference(begun, wanted)}: delete it to begin again"
+            )
         return begun
-    if others := sorted(path.name for path in folder.iterdir() if path.name not in ("work", ".lock")):
-        raise ConfigError(
-            f"{folder} is where a prepared set is to be and holds something else ({', '.join(others[:3])}): "
-            "use another folder, or delete this one if nothing else is in it"
-        )
     shutil.rmtree(wanted.work, ignore_errors=True)
     wanted.work.mkdir()
     if given:
         given.save(wanted.work / "tokenizer.json")
     wanted.save()
     return wanted
+
+
+def refuse_others(folder: Path) -> None:
+    """Raises ConfigError if a folder that is no prepared set, and none in work, has anything in it."""
+    others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if {"manifest.json", "work"} & set(others) or not set(others) - {".lock"}:
+        return
+    if set(others) <= {".lock", "tokenizer.json"}:
+        raise ConfigError(f"{folder} is of a run on data.sets: name them again, or use another workdir")
+    raise ConfigError(
+        f"{folder} is where a prepared set is to be and holds something else ({', '.join(others[:3])}): "
+        "use another folder, or delete this one if nothing else is in it"
+    )
+
+
+def _difference(begun: Plan, wanted: Plan) -> str:
+    if begun.tokenizer_hash != wanted.tokenizer_hash:
+        return "tokenizer"
+    before, now = ({part for task in plan.tasks for part in task} for plan in (begun, wanted))
+    changed = sorted(part.name for part in before ^ now)
+    return f"files, such as {changed[0]}" if changed else "files"
 
 
 def check_same(prepared: dict[str, Any], wanted: Settings, names: Names, folder: Path) -> None:
@@ -159,8 +176,11 @@ def check_same(prepared: dict[str, Any], wanted: Settings, names: Names, folder:
 def held(folder: Path) -> Iterator[None]:
     """Makes a folder and keeps other processes from working in it, which wait until this one ends however it may."""
     try:
+        str(folder).encode()
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{folder!r} is not UTF-8, as names of prepared sets must be") from None
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be made or written ({error.strerror}): name another folder"
@@ -174,10 +194,3 @@ def held(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.unfinished")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -14,6 +14,8 @@ from typing import get_args
 from dsjax.config import ConfigError
 from dsjax.data.plan import Names, Plan, Quality, Settings
 
+_LARGEST_VOCABULARY = 4_000_000
+
 
 def main() -> None:
     """Runs the command line; what cannot be used is one sentence and exit status 1."""
@@ -53,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="DIR", help="the prepared set: a new folder")
     add("--tokenizer", default="", metavar="FILE", help="a tokenizer.json, such as a released checkpoint's")
     add("--train-tokenizer", action="store_true", help="train a byte-level BPE on the text instead")
-    add("--vocab-size", type=int, default=0, metavar="N", help="ids of the tokenizer that is trained")
+    add("--vocab-size", type=_vocab_size, default=0, metavar="N", help="ids of the tokenizer that is trained")
     add(
         "--workers",
         type=_positive,
@@ -89,7 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="longer text files are cut at line ends, longer JSON lines and rows rejected (default: 16 MiB)",
     )
-    add("--seed", type=int, default=0, help="of what is held out and of the tokenizer's sample (default: 0)")
+    add(
+        "--seed",
+        type=_number,
+        default=0,
+        help="of what is held out and of the tokenizer's sample (default: 0)",
+    )
     cluster = parser.add_argument_group("where", "docs/data.md shows both kinds of clusters")
     add = cluster.add_argument
     add(
@@ -110,9 +117,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _number(text: str) -> int:
+    """At most what memory and file formats bear in any of the flags."""
+    if not (text.isascii() and text.isdecimal() and int(text) <= 1 << 30):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {1 << 30}")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
+    if not _number(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _vocab_size(text: str) -> int:
+    if _positive(text) > _LARGEST_VOCABULARY:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {_LARGEST_VOCABULARY}, which no model has")
     return int(text)
 
 
@@ -128,25 +148,25 @@ def _fraction(text: str) -> float:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     # These take a second or two to import: --help need not wait for them, nor Ctrl-C be a traceback.
-    from dsjax.data import engines
+    from dsjax.data import clusters, engines
     from dsjax.data.preparation import prepare_set
     from dsjax.data.report import report
     from dsjax.observe.transfer import Transfer
 
     def engine(plan: Plan) -> None:
         if arguments.engine == "ray":
-            engines.run_ray(plan, Transfer, arguments.ray_address)
+            clusters.run_ray(plan, Transfer, arguments.ray_address)
         elif arguments.engine == "slurm":
             options = {"partition": arguments.slurm_partition, "time_limit": arguments.slurm_time}
             options |= {"memory_gb": arguments.slurm_memory_gb, "at_once": arguments.workers}
-            jobs = engines.submit_slurm(plan, **options)
+            jobs = clusters.submit_slurm(plan, **options)
             print(
                 f"submitted as Slurm jobs {', '.join(jobs)}: when all are done, {folder}/manifest.json is there"
             )
         else:
             engines.run_processes(plan, Transfer, arguments.workers)
 
-    folder = arguments.output.expanduser()
+    folder = arguments.output.expanduser().absolute()
     settings = Settings(
         inputs=tuple(arguments.input),
         text_field=arguments.text_field,
@@ -158,7 +178,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         vocab_size=arguments.vocab_size,
         seed=arguments.seed,
     )
-    prepare_set(folder, settings, engine, names=Names())
+    if prepare_set(folder, settings, engine, names=Names()):
+        print(f"{folder} was prepared before: delete it to prepare it again")
     if (folder / "manifest.json").exists():
         report(folder)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.config import ConfigError
+from dsjax.data.files import hash_of_files
 from dsjax.data.manifest import read_manifest
 from dsjax.data.token_set import TokenSet
 from dsjax.data.tokenizer import Tokenizer
@@ -29,8 +30,10 @@ def open_set(folder: Path) -> PreparedSet:
     manifest = read_manifest(folder)
     try:
         definition = (folder / "tokenizer.json").read_bytes().decode("utf-8")
+        if hash_of_files([folder / "tokenizer.json"]) != manifest["tokenizer"]["blake2b"]:
+            raise ValueError("tokenizer.json is not the one it was made with")
         train, heldout = (_token_set(folder, manifest, side) for side in ("train", "heldout"))
-    except (OSError, ValueError, EOFError, RuntimeError) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} is damaged ({error}): delete it and prepare it again") from error
     tokenizer = Tokenizer(definition, source=str(folder / "tokenizer.json"))
     return PreparedSet(folder, tokenizer, train, heldout, manifest)

@@ -1,6 +1,6 @@
 """Files of text, JSON lines and parquet, compressed or not, as documents; what cannot be read is named and passed over.
 
-Memory is that of the longest document that is let through, whatever the files hold.
+Memory is that of the longest document that is let through, or of a page of parquet, whatever the files hold.
 """
 
 import bz2
@@ -20,6 +20,7 @@ from dsjax.config import ConfigError
 
 _COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _JSON_LINES = (".jsonl", ".ndjson")
+_ROWS_BYTES = 4 << 20  # of parquet rows that are read at a time
 _DAMAGED = (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error)  # what decompressing raises
 
 
@@ -55,7 +56,7 @@ def needed(module: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{purpose} needs {error.name}, which is not installed: pip install 'dsjax[data]'"
+            f"{purpose} needs {error.name}, which is not installed: pip install -e '.[data]', or '.[ray]' for Ray"
         ) from None
 
 
@@ -69,7 +70,8 @@ def kind_of(path: Path) -> str:
 
 def compression_of(path: Path) -> str:
     """Its ending, or nothing."""
-    return path.suffix if path.suffix in (*_COMPRESSED, ".zst") else ""
+    ending = path.suffix.lower()
+    return ending if ending in (*_COMPRESSED, ".zst") else ""
 
 
 def read(part: Part, *, text_field: str, most_bytes: int) -> Iterator[Text | Reject]:
@@ -184,6 +186,14 @@ def _checked(found: object, name: str, text_field: str, most_bytes: int) -> Text
     return Reject(name, "too long") if size > most_bytes else Text(name, found)
 
 
+def _row_text(value: Any, name: str, text_field: str, most_bytes: int) -> Text | Reject:
+    try:
+        found = value.as_py()
+    except UnicodeDecodeError as error:
+        return Reject(name, "not UTF-8", repr(error.object[:80]))
+    return _checked(found, name, text_field, most_bytes)
+
+
 def _parquet(part: Part, text_field: str, most_bytes: int) -> Iterator[Text | Reject]:
     pyarrow, parquet = needed("pyarrow", part.name), needed("pyarrow.parquet", part.name)
     try:
@@ -194,11 +204,13 @@ def _parquet(part: Part, text_field: str, most_bytes: int) -> Iterator[Text | Re
                 )
                 return
             for group in range(part.start, part.stop):
+                about = file.metadata.row_group(group)
+                row_bytes = about.total_byte_size // max(about.num_rows, 1)
+                rows = max(1, min(64, _ROWS_BYTES // max(row_bytes, 1)))
                 row = 0
-                for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[text_field]):
+                for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=[text_field]):
                     for value in batch.column(0):
-                        name = f"{part.name}:{group}:{row}"
-                        yield _checked(value.as_py(), name, text_field, most_bytes)
+                        yield _row_text(value, f"{part.name}:{group}:{row}", text_field, most_bytes)
                         row += 1
     except pyarrow.ArrowException as error:
         yield Reject(part.name, "damaged", str(error)[:200])

@@ -1,5 +1,6 @@
 """What became of the documents, as ``prepare`` tells it at its end."""
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -30,12 +31,9 @@ def report(folder: Path) -> None:
     console.print(table)
     rejected = sorted(manifest["rejected"].items(), key=lambda item: -item[1])
     if told := ", ".join(f"{count:,} {reason}" for reason, count in rejected if count):
-        console.print(
-            f"rejected: {told} (some of each in {folder}/rejects.jsonl)", markup=False, highlight=False
-        )
-    console.print(
-        f"train on it: python train.py --config=configs/tiny.py --workdir=RUN --config.data.sets={folder}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+        told += f" (some of each in {folder}/rejects.jsonl)"
+        console.print(f"rejected: {told}", markup=False, highlight=False, soft_wrap=True)
+    if manifest["tails_held_out"]:
+        console.print("held out: the last part of every document, there being none to spare", highlight=False)
+    flags = f"--config=configs/tiny.py --workdir=RUN --config.data.sets={shlex.quote(str(folder))}"
+    console.print(f"train on it: python train.py {flags}", markup=False, highlight=False, soft_wrap=True)

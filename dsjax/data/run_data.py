@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data.engines import Bar, run_here
+from dsjax.data.files import whole_file
 from dsjax.data.plan import Names, Settings
 from dsjax.data.preparation import prepare_set
 from dsjax.data.prepared_set import PreparedSet, open_set
@@ -106,9 +106,8 @@ def _given_sets(config: DataConfig, vocab_size: int, folder: Path) -> RunData:
     tokenizer.check_fits(vocab_size)
     # Where exports and evaluation look for it, whatever becomes of the sets.
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "tokenizer.json.unfinished"
-    tokenizer.save(unfinished)
-    os.replace(unfinished, folder / "tokenizer.json")
+    with whole_file(folder / "tokenizer.json") as unfinished:
+        tokenizer.save(unfinished)
     weights = [weight for _, weight in config.weighted_sets()]
     whole = hashlib.blake2b(digest_size=16)
     for part, weight in zip(sets, weights, strict=True):

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,12 +11,13 @@ import numpy as np
 from jaxtyping import Int8, Int64, UInt8
 
 from dsjax.config import ConfigError
-from dsjax.data.cleaning import Account, Cleaned
-from dsjax.data.plan import Plan, write_json
+from dsjax.data.cleaning import SAMPLES, Account, Cleaned, not_damaged
+from dsjax.data.files import whole_file, write_json
+from dsjax.data.plan import Plan
 from dsjax.data.readers import Reject, needed
 
 TRAIN, HELDOUT, REPEATED = 0, 1, -1
-_SAMPLES = 100
+_MOST_OF_ONE = 0.2  # of all text, that one document may take to the held-out side
 _LEAST_BYTES_TO_CUT = 8  # of a text that has two characters for sure
 
 
@@ -40,8 +40,9 @@ class Sides(NamedTuple):
 
 def load_sides(plan: Plan) -> Sides:
     """What ``select`` decided."""
-    stored = np.load(plan.work / "sides.npz")
-    return Sides(stored["side"], bool(stored["cut_tails"]), stored["firsts"])
+    path = plan.work / "sides.npz"
+    with not_damaged(path), np.load(path) as stored:
+        return Sides(stored["side"], bool(stored["cut_tails"]), stored["firsts"])
 
 
 def select(plan: Plan, report: Callable[[int], None]) -> None:
@@ -67,15 +68,13 @@ def select(plan: Plan, report: Callable[[int], None]) -> None:
         _account_for(account, "near-duplicate", near, cleaned, firsts)
         repeated = np.maximum(repeated, near)
         account.counts["without_near_duplicates"] = _count(sizes[repeated < 0])
-    side = np.where(repeated >= 0, REPEATED, _sides(digests, plan)).astype(np.int8)
-    cut_tails = not (np.any(side == TRAIN) and np.any(side == HELDOUT))
-    side = np.where(cut_tails & (side != REPEATED), TRAIN, side)
+    side = _sides(digests, np.where(repeated < 0, sizes, 0), plan)
+    cut_tails = not np.any(side == HELDOUT)
     if cut_tails and sizes[side == TRAIN].max() < _LEAST_BYTES_TO_CUT:
         raise _useless(plan, cleaned)
     path = plan.work / "sides.npz"
-    with (unfinished := path.with_name("sides.npz.unfinished")).open("wb") as file:
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, side=side, cut_tails=cut_tails, firsts=firsts)
-    os.replace(unfinished, path)
     write_json(path.with_suffix(".json"), vars(account))
 
 
@@ -86,13 +85,26 @@ def bytes_to_compare(plan: Plan) -> int:
     return sum(int(Cleaned(plan, task).sizes.sum()) for task in range(len(plan.tasks)))
 
 
-def _sides(digests: UInt8[np.ndarray, "D 16"], plan: Plan) -> Int8[np.ndarray, "D"]:
-    """By the first 8 bytes of the hash, which another seed reads in another way."""
+def _sides(
+    digests: UInt8[np.ndarray, "D 16"], sizes: Int64[np.ndarray, "D"], plan: Plan
+) -> Int8[np.ndarray, "D"]:
+    """By the first 8 bytes of the hash, which another seed reads in another way; documents without size repeat others.
+
+    Where that holds out no document, or all, it is one that has at least half of the wanted share of the text and at
+    most a fifth of it all, if there is one; else none.
+    """
     numbers = digests[:, :8].copy().view(">u8")[:, 0].astype(np.uint64)
     if plan.settings.seed:
         # Odd, so that it permutes the numbers; their high bits come to depend on all others.
         numbers *= np.random.default_rng(plan.settings.seed).integers(2**64, dtype=np.uint64) | np.uint64(1)
-    return np.where(numbers < plan.settings.heldout_fraction * 2.0**64, HELDOUT, TRAIN).astype(np.int8)
+    heldout = numbers < plan.settings.heldout_fraction * 2.0**64
+    kept = sizes > 0
+    if not np.any(heldout & kept) or np.all(heldout[kept]):
+        least = plan.settings.heldout_fraction / 2
+        fitting = np.flatnonzero((sizes >= least * sizes.sum()) & (sizes <= _MOST_OF_ONE * sizes.sum()))
+        heldout = np.zeros(len(sizes), bool)
+        heldout[fitting[np.argsort(numbers[fitting])[:1]]] = True
+    return np.where(kept, np.where(heldout, HELDOUT, TRAIN), REPEATED).astype(np.int8)
 
 
 def _first_equal(digests: UInt8[np.ndarray, "D 16"]) -> Int64[np.ndarray, "D"]:
@@ -145,7 +157,7 @@ def _account_for(
         task = int(np.searchsorted(firsts, number, "right")) - 1
         return names(task)[number - int(firsts[task])]
 
-    for number in np.flatnonzero(repeated >= 0)[:_SAMPLES].tolist():
+    for number in np.flatnonzero(repeated >= 0)[:SAMPLES].tolist():
         account.samples.append(Reject(name(number), reason, f"repeats {name(int(repeated[number]))}"))
 
 

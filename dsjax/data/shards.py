@@ -4,12 +4,12 @@ A record is at most ``RECORD_TOKENS`` tokens of one document, uint32, little-end
 after the other. Control tokens around documents are not stored.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
 
+from dsjax.data.files import whole_file
 from dsjax.data.record_file import RecordFile
 
 RECORD_TOKENS = 1 << 15
@@ -38,7 +38,5 @@ class ShardWriter:
     def close(self) -> None:
         """Ends the shard. Errors: OSError."""
         self._file.close()
-        unfinished = self._lengths.with_name(f"{self._lengths.name}.unfinished")
-        with unfinished.open("wb") as file:
+        with whole_file(self._lengths) as unfinished, unfinished.open("wb") as file:
             np.save(file, np.array(self._written, np.uint32))
-        os.replace(unfinished, self._lengths)  # last: where it is, the shard is whole

@@ -57,7 +57,7 @@ def run(command: Command) -> None:
         batch, row = divmod(number, config.train.batch_size)
         window = windows[number]
         source = data.sets[windows.place(number)[0]].folder
-        console.rule(f"batch {batch}, row {row}: {source}", align="left")
+        console.rule(Text(f"batch {batch}, row {row}: {source}"), align="left")
         console.print(coloured(window, data.tokenizer, controls), soft_wrap=True)
     console.rule()
     console.print(_legend())
@@ -176,7 +176,7 @@ def _account(data: RunData, windows: Mixture, controls: Controls, count: int) ->
             f"{begun:,}",
             *(f"{x:.2%}" for x in shares),
         )
-        table.add_row(f"{had:,}", *told, str(part.folder))
+        table.add_row(f"{had:,}", *told, Text(str(part.folder)))
     return table
 
 

@@ -1,17 +1,15 @@
 """Third and fourth stage: a tokenizer, if none is given, and the shards of tokens."""
 
 import functools
-import hashlib
-import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
 from dsjax.data.cleaning import Cleaned
-from dsjax.data.plan import Plan, write_json
+from dsjax.data.files import hash_of_files, whole_file, write_json
+from dsjax.data.plan import Plan
 from dsjax.data.selection import HELDOUT, REPEATED, TRAIN, load_sides
 from dsjax.data.shards import ShardWriter, shard_files
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -36,9 +34,8 @@ def make_tokenizer(plan: Plan) -> None:
     else:
         # Names of settings are the caller's; that there is a size was checked when the work began.
         tokenizer = train_tokenizer(_sample(plan), plan.settings.vocab_size)
-    unfinished = made.with_name("tokenizer.json.unfinished")
-    tokenizer.save(unfinished)
-    os.replace(unfinished, made)
+    with whole_file(made) as unfinished:
+        tokenizer.save(unfinished)
 
 
 def _sample(plan: Plan) -> Iterator[str]:
@@ -90,16 +87,6 @@ def tokenise(plan: Plan, task: int, report: Callable[[int], None]) -> None:
 def bytes_to_tokenise(plan: Plan, task: int) -> int:
     """The work of ``tokenise``."""
     return int(Cleaned(plan, task).sizes[load_sides(plan).of(task) != REPEATED].sum())
-
-
-def hash_of_files(paths: Sequence[Path]) -> str:
-    """blake2b, 32 hexadecimal digits, of their contents one after another."""
-    whole = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                whole.update(block)
-    return whole.hexdigest()
 
 
 @functools.lru_cache(1)  # every task of a worker asks

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsjax.checkpoint import convert
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
 MATRIX = "model.layers.2.self_attn.kv_a_proj_with_mqa.weight"
 

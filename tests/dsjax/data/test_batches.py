@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moved_middles import text_of
 
 import dsjax.data
 from dsjax.config import ConfigError, DataConfig
-from dsjax.data.documents import text_of
 from dsjax.data.loader import controls_of, heldout_batches, train_batches, train_windows
 from dsjax.data.mixture import Mixture
 from dsjax.data.prepared_set import PreparedSet

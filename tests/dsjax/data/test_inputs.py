@@ -175,7 +175,7 @@ def test_an_unreadable_folder_is_listed(tmp_path, monkeypatch):
     """The same without rights to take away, which root ignores."""
     (tmp_path / "good.txt").write_text("good")
 
-    def walk(root, onerror):
+    def walk(root, onerror, followlinks):
         onerror(PermissionError(13, "Permission denied", str(tmp_path / "closed")))
         yield str(tmp_path), [], ["good.txt"]
 
@@ -197,3 +197,35 @@ def test_nothing_that_can_be_read_is_an_error_with_the_reasons(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match=r"data\.paths=.*no file that can be read .*pipe: not a regular"):
         find_tasks((str(tmp_path),), "data.paths")
+
+
+def test_links_to_folders_are_followed_and_circles_end(tmp_path):
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/linked.txt").write_text("linked")
+    (tmp_path / "in/deep/own.txt").write_text("own")
+    (tmp_path / "in/deep/other").symlink_to(tmp_path / "elsewhere")
+    for name in ("one", "two"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "in")
+    tasks, rejects = find_tasks((str(tmp_path / "in"),), "--input")
+    assert [part.path.name for task in tasks for part in task] == ["linked.txt", "own.txt"]
+    assert rejects == []
+
+
+@pytest.mark.parametrize("folder", ["blobs", "zblobs"])
+def test_of_several_names_of_a_file_the_one_with_an_ending_counts(tmp_path, folder):
+    """As in a cache that keeps files under their hashes, whichever name comes first."""
+    (tmp_path / folder).mkdir()
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / folder / "4fa3c").write_text('{"text": "x"}')
+    (tmp_path / "snapshots/a.jsonl").symlink_to(tmp_path / folder / "4fa3c")
+    tasks, _ = find_tasks((str(tmp_path),), "--input")
+    assert [part.path.name for task in tasks for part in task] == ["a.jsonl"]
+
+
+def test_the_output_and_compiled_files_are_left_out(tmp_path):
+    for name in ("a.py", "__pycache__/a.pyc", "out/train-00000.array_record", "outer/b.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    tasks, _ = find_tasks((str(tmp_path), f"{tmp_path}/out/*"), "--input", tmp_path / "out")
+    assert [part.path.name for task in tasks for part in task] == ["a.py", "b.py"]

@@ -201,7 +201,9 @@ def test_a_killed_worker_is_one_sentence(corpus, undisturbed, tmp_path):
 
 def test_the_second_time_nothing_is_done_and_other_settings_are_refused(corpus, undisturbed):
     before = hashes(undisturbed)
-    assert "for training" in finish(command(corpus, undisturbed))
+    said = finish(command(corpus, undisturbed))
+    assert "was prepared before: delete it to prepare it again" in said
+    assert "for training" in said
     said = finish(command(corpus, undisturbed, "--seed=1"), status=1)
     assert said.startswith("--seed=1, and ")
     assert "was prepared with 0" in said
@@ -290,6 +292,9 @@ def test_bad_input_is_counted_and_named_and_the_rest_prepared(tmp_path):
         (["--tokenizer=a", "--train-tokenizer", "--vocab-size=600"], "one of --tokenizer=FILE and"),
         (["--heldout-fraction=0.9"], "'0.9' must lie between 0 and 0.5"),
         (["--workers=0"], "'0' is not a positive number"),
+        (["--seed=-1"], "'-1' is not a number from 0 to"),
+        (["--vocab-size=1000000000"], "'1000000000' is more than 4000000"),
+        (["--max-document-bytes=100000000000000"], "'100000000000000' is not a number from 0 to"),
         (["--engine=slurm", "--tokenizer=a"], "--engine=slurm needs --slurm-partition"),
     ],
 )
@@ -350,6 +355,16 @@ def test_slurm_jobs_follow_each_other_and_write_the_same_bytes(corpus, undisturb
     script = (tmp_path / "set.slurm/tokenise/launch_script.slurm").read_text()
     assert "#SBATCH --partition=cpu" in script
     assert "#SBATCH --mem-per-cpu=8G" in script
+
+
+def test_jobs_are_not_submitted_twice(corpus, tmp_path):
+    (tmp_path / "sbatch").write_text("#!/bin/bash\necho Submitted batch job 7\n")  # and does nothing yet
+    (tmp_path / "sbatch").chmod(0o755)
+    program = command(corpus, tmp_path / "set", "--engine=slurm", "--slurm-partition=cpu")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert "submitted as Slurm jobs 7, 7, 7, 7, 7" in finish(program, PATH=path)
+    said = finish(program, status=1, PATH=path)
+    assert "is being prepared by the Slurm jobs in" in said
 
 
 def test_a_failing_sbatch_is_one_sentence(corpus, tmp_path):

@@ -205,3 +205,37 @@ def test_parquet_by_row_groups(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     (damaged,) = read(Part(path, "web", 0, 1), text_field="text", most_bytes=100)
     assert damaged.reason == "damaged"
+
+
+def test_a_row_that_is_no_text_costs_that_row_alone(tmp_path):
+    rows = [f"row {number}".encode() for number in range(1000)]
+    rows[3] = b"\xff\xfe bad"
+    column = pyarrow.array(rows, pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", row_group_size=400)
+    found = list(read(Part(tmp_path / "a.parquet", "a", 0, 3), text_field="text", most_bytes=100))
+    assert [item.text for item in found if isinstance(item, Text)] == [
+        f"row {number}" for number in range(1000) if number != 3
+    ]
+    assert [item[:2] for item in found if isinstance(item, Reject)] == [("a:0:3", "not UTF-8")]
+
+
+def test_long_rows_are_read_one_by_one(tmp_path):
+    """Forty rows of 4 MB, each a page, take the memory of a few."""
+    table = pyarrow.table({"text": [str(number) * (4 << 20) for number in range(10)] * 4})
+    layout = {"use_dictionary": False, "write_batch_size": 1, "data_page_size": 1 << 20}
+    parquet.write_table(table, tmp_path / "a.parquet", **layout)
+    del table
+    tracemalloc.start()
+    before = pyarrow.total_allocated_bytes()
+    most = 0
+    for _ in read(Part(tmp_path / "a.parquet", "a", 0, 1), text_field="text", most_bytes=8 << 20):
+        most = max(most, pyarrow.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert most < 40 << 20
+
+
+@pytest.mark.parametrize("name", ["A.TXT.GZ", "a.JSONL.gz"])
+def test_endings_are_read_in_either_case(tmp_path, name):
+    content = b"text" if "TXT" in name else b'{"text": "text"}'
+    (tmp_path / name).write_bytes(gzip.compress(content))
+    assert [item.text for item in whole(tmp_path / name)] == ["text"]

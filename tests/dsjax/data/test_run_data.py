@@ -17,6 +17,7 @@ from dsjax.data.plan import Settings
 from dsjax.data.preparation import prepare_set
 from dsjax.data.prepared_set import PreparedSet, open_set
 from dsjax.data.run_data import RunData, data_of_run
+from dsjax.data.stages import STAGES
 from dsjax.data.token_set import TokenSet
 from dsjax.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -212,7 +213,9 @@ def test_a_data_folder_of_another_kind_is_not_touched(tmp_path, manifest):
     assert not (tmp_path / "data" / "work").exists()
 
 
-@pytest.mark.parametrize("harm", ["short shard", "no shard", "no tokenizer", "fewer tokens", "no lengths"])
+@pytest.mark.parametrize(
+    "harm", ["short shard", "no shard", "no tokenizer", "fewer tokens", "no lengths", "other tokenizer"]
+)
 def test_a_damaged_set_is_an_error_that_says_what_to_do(tmp_path, harm):
     write_texts(tmp_path / "text")
     prepared(tmp_path / "text", tmp_path / "run")
@@ -224,6 +227,8 @@ def test_a_damaged_set_is_an_error_that_says_what_to_do(tmp_path, harm):
         shard.unlink()
     elif harm == "no tokenizer":
         (folder / "tokenizer.json").unlink()
+    elif harm == "other tokenizer":
+        train_tokenizer(["other text " * 50], 290).save(folder / "tokenizer.json")
     elif harm == "fewer tokens":
         stored = np.load(lengths)
         stored[0] -= 1
@@ -231,6 +236,54 @@ def test_a_damaged_set_is_an_error_that_says_what_to_do(tmp_path, harm):
     else:
         lengths.unlink()
     with pytest.raises(ConfigError, match=r"is damaged .*delete it"):
+        prepared(tmp_path / "text", tmp_path / "run")
+
+
+def test_damage_within_a_shard_is_told_when_it_is_read(tmp_path):
+    write_texts(tmp_path / "text")
+    data = prepared(tmp_path / "text", tmp_path / "run")
+    shard = tmp_path / "run/data/train-00000.array_record"
+    content = bytearray(shard.read_bytes())
+    content[1000:3000] = bytes(2000)
+    shard.write_bytes(content)
+    (only,) = data_of_run(
+        config_of(tmp_path / "text"), vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet
+    ).sets
+    with pytest.raises(ConfigError, match=r"run/data is damaged .*delete it"):
+        texts_of(data.tokenizer, only.train)
+
+
+@pytest.mark.parametrize(
+    "name", ["clean-00000.array_record", "clean-00000.npz", "clean-00000.json", "sides.npz"]
+)
+def test_a_damaged_file_of_interrupted_work_is_told(tmp_path, name):
+    write_texts(tmp_path / "text")
+
+    def half(plan):
+        for stage in STAGES[:3]:
+            stage.run(plan, 0, lambda size: None)
+        path = plan.work / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        raise KeyboardInterrupt
+
+    settings = Settings(
+        inputs=(str(tmp_path / "text"),), quality="none", keep_near_duplicates=True, vocab_size=VOCAB
+    )
+    with pytest.raises(KeyboardInterrupt):
+        prepare_set(tmp_path / "set", settings, half)
+    with pytest.raises(
+        ConfigError, match=r"work/(clean-00000|sides) is damaged .*: delete .*/set to begin again"
+    ):
+        prepare_set(tmp_path / "set", settings, lambda plan: run_here(plan, run_data._watch(quiet)))
+
+
+def test_a_workdir_of_sets_is_told_from_one_of_text(tmp_path):
+    write_texts(tmp_path / "text")
+    make_set(tmp_path / "a", tmp_path / "text")
+    data_of_run(
+        DataConfig(sets=(str(tmp_path / "a"),)), vocab_size=VOCAB, workdir=tmp_path / "run", log=quiet
+    )
+    with pytest.raises(ConfigError, match=r"run/data is of a run on data\.sets: name them again"):
         prepared(tmp_path / "text", tmp_path / "run")
 
 
@@ -295,6 +348,8 @@ def test_a_set_must_fit_the_model_and_exist(tmp_path):
         ({"sets": ("a=much",)}, "'a=much' must be"),
         ({"sets": ("=1",)}, "'=1' must be"),
         ({"sets": ("a=nan",)}, "'a=nan' must be"),
+        ({"sets": ("a=1", "b=1e-9")}, "'b' has 1e-09 of 1, and less than 0.0001 of all comes to nothing"),
+        ({"sets": ("a=1e308", "b=1e308")}, "'a' has 1e.308 of inf"),
         ({"sets": ("a",), "paths": ("b",)}, r"data\.sets=.* and data\.paths=.* are both given"),
         ({"sets": ("a",), "tokenizer": "b"}, r"data\.sets=.* and data\.tokenizer='b' are both given"),
         ({"fim_rate": 1.5}, r"data\.fim_rate=1\.5 must lie in \[0, 1\]"),

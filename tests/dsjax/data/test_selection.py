@@ -175,6 +175,16 @@ def test_a_single_document_gives_its_tail(tmp_path, size_bytes, copies, fraction
         assert [side for _, side in side_of_texts(plan)] == [TRAIN] + [REPEATED] * (copies - 1)
 
 
+def test_of_a_few_documents_one_of_a_fitting_size_is_held_out_whole(tmp_path):
+    """Too few for the hash to choose any, one of them half of the text, some next to nothing."""
+    texts = ["x" * 50_000, *(letter * 6_000 for letter in "abcdefgh"), "tiny", "so is this"]
+    assert not any(is_heldout(text, 0.001) for text in texts)
+    plan = selected(tmp_path, *texts, heldout_fraction=0.001)
+    assert not load_sides(plan).cut_tails
+    (heldout,) = [text for text, side in side_of_texts(plan) if side == HELDOUT]
+    assert len(heldout) == 6_000
+
+
 def test_a_few_documents_of_one_side_give_their_tails(tmp_path):
     texts = [f"document {number}" for number in range(100)]
     heldout = [text for text in texts if is_heldout(text, 0.3)][:3]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moved_middles import text_of
 
-from dsjax.data.documents import Controls, Cut, rendered, text_of
+from dsjax.data.documents import Controls, Cut, rendered
 from dsjax.data.mixture import Mixture, ProcessRows
 from dsjax.data.windows import ConcatWindows, PackedWindows, Shape
 
