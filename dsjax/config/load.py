@@ -63,7 +63,7 @@ def parse(argv: Sequence[str], *, about: str | None = None) -> Command:
     except flags.Error as error:
         raise ConfigError(f"{error}: write --FLAG=VALUE") from error
     if own["help"].value:
-        _print_for_pager(_help(Path(argv[0]).name, about, own["config"].value))
+        _print_for_pager(_help(_program(argv[0]), about, own["config"].value))
         raise SystemExit(0)
     if not own["config"].value:
         raise ConfigError(f"--config=FILE is missing: {choices()}")
@@ -123,6 +123,14 @@ def _print_for_pager(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:  # and Python would complain once more when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _program(path: str) -> str:
+    """What follows ``python`` on the command line: a file, or ``-m`` and the module that was run so."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec and path.endswith(spec.name.replace(".", "/") + ".py"):
+        return f"-m {spec.name}"
+    return Path(path).name
 
 
 def _help(program: str, about: str | None, config_path: str | None) -> str:
