@@ -21,10 +21,10 @@ from alternate import alternate, ratio
 from dsjax.config.config_file import load_file
 from dsjax.data.engines import Bar, run_processes
 from dsjax.data.loader import train_batches, train_windows
-from dsjax.data.plan import Settings
 from dsjax.data.preparation import prepare_set
 from dsjax.data.prepared_set import open_set
 from dsjax.data.run_data import only
+from dsjax.data.settings import Settings
 from dsjax.data.tokenizer import train_tokenizer
 from dsjax.observe.transfer import Transfer
 

@@ -22,9 +22,10 @@ from jaxtyping import Int64, UInt8, UInt32
 
 from dsjax.config import ConfigError
 from dsjax.data.files import whole_file, write_json
-from dsjax.data.plan import Plan, Settings
+from dsjax.data.plan import Plan
 from dsjax.data.readers import Part, Reject, Text, compression_of, needed, read
 from dsjax.data.record_file import RecordFile
+from dsjax.data.settings import Settings
 
 SAMPLES = 100  # kept of each reason, of a task and of all
 _SAMPLE_CHARACTERS = 300

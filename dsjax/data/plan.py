@@ -13,47 +13,17 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dsjax.config import ConfigError
 from dsjax.data.files import write_json
 from dsjax.data.inputs import find_tasks
 from dsjax.data.readers import Part, Reject
+from dsjax.data.settings import Names, Settings
 from dsjax.data.tokenizer import Tokenizer, check_holds_bytes, load_tokenizer
 
 # Raised by whoever changes what the files hold, so that old ones are refused instead of misread.
 MADE_BY = "dsjax.data 2"
-Quality = Literal["auto", "prose", "code", "none"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Everything that decides what a prepared set holds, but the files and the tokenizer themselves."""
-
-    inputs: tuple[str, ...] = ()  # files, folders, globs; none: the library sources of the running Python
-    text_field: str = "text"  # of JSON lines and parquet
-    max_document_bytes: int = 16 << 20
-    quality: Quality = "auto"
-    keep_near_duplicates: bool = False
-    heldout_fraction: float = 0.02  # of the documents, by a hash of their text
-    tokenizer: str = ""  # a tokenizer.json; "": one is trained
-    vocab_size: int = 0  # of one that is trained; of the model, which a given one must fit; 0: any
-    seed: int = 0  # of the held-out documents and of the sample that a tokenizer is trained on
-
-
-@dataclasses.dataclass(frozen=True)
-class Names:
-    """What the user calls the settings."""
-
-    prefix: str = "--"
-    inputs: str = "--input"
-    vocab_size: str = "--vocab-size"
-
-    def of(self, field: str) -> str:
-        """The name of a field of ``Settings``."""
-        if field in ("inputs", "vocab_size"):
-            return getattr(self, field)
-        return self.prefix + (field.replace("_", "-") if self.prefix == "--" else field)
 
 
 @dataclasses.dataclass(frozen=True)

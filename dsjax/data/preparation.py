@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dsjax.config import ConfigError
 from dsjax.data.manifest import read_manifest
-from dsjax.data.plan import Names, Plan, Settings, begin, check_same, held, refuse_others
+from dsjax.data.plan import Plan, begin, check_same, held, refuse_others
+from dsjax.data.settings import Names, Settings
 from dsjax.data.tokenizer import Tokenizer
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from dsjax.config import ConfigError
-from dsjax.data.plan import Names, Plan, Quality, Settings
+from dsjax.data.settings import Names, Quality, Settings
 
 _LARGEST_VOCABULARY = 4_000_000
 
@@ -149,6 +149,7 @@ def _fraction(text: str) -> float:
 def _prepare(arguments: argparse.Namespace) -> None:
     # These take a second or two to import: --help need not wait for them, nor Ctrl-C be a traceback.
     from dsjax.data import clusters, engines
+    from dsjax.data.plan import Plan
     from dsjax.data.preparation import prepare_set
     from dsjax.data.report import report
     from dsjax.observe.transfer import Transfer

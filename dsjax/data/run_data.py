@@ -11,9 +11,9 @@ from pathlib import Path
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data.engines import Bar, run_here
 from dsjax.data.files import whole_file
-from dsjax.data.plan import Names, Settings
 from dsjax.data.preparation import prepare_set
 from dsjax.data.prepared_set import PreparedSet, open_set
+from dsjax.data.settings import Names, Settings
 from dsjax.data.tokenizer import Tokenizer, load_tokenizer
 
 _PROGRESS_SECONDS = 5.0

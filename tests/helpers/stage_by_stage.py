@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from dsjax.data.plan import Names, Plan, Settings, begin
+from dsjax.data.plan import Plan, begin
+from dsjax.data.settings import Names, Settings
 from dsjax.data.stages import STAGES
 from dsjax.data.tokenizer import Tokenizer
 

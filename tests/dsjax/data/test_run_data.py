@@ -13,10 +13,10 @@ import pytest
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data import run_data
 from dsjax.data.engines import run_here
-from dsjax.data.plan import Settings
 from dsjax.data.preparation import prepare_set
 from dsjax.data.prepared_set import PreparedSet, open_set
 from dsjax.data.run_data import RunData, data_of_run
+from dsjax.data.settings import Settings
 from dsjax.data.stages import STAGES
 from dsjax.data.token_set import TokenSet
 from dsjax.data.tokenizer import Tokenizer, train_tokenizer
