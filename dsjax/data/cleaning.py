@@ -40,11 +40,6 @@ def normalised(text: str) -> str:
     return text if unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
 
 
-def digest(text: str) -> bytes:
-    """blake2b of the text in UTF-8."""
-    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
-
-
 @dataclasses.dataclass
 class Account:
     """What became of the texts of a task.
@@ -56,11 +51,11 @@ class Account:
     reasons: Counter[str] = dataclasses.field(default_factory=Counter)
     samples: list[Reject] = dataclasses.field(default_factory=list)
 
-    def passed(self, step: str, text: str) -> None:
+    def passed(self, step: str, size_bytes: int) -> None:
         """Counts a document that came through a step."""
         entry = self.counts.setdefault(step, {"documents": 0, "bytes": 0})
         entry["documents"] += 1
-        entry["bytes"] += len(text.encode())
+        entry["bytes"] += size_bytes
 
     def reject(self, reject: Reject) -> None:
         """Counts it under its reason, and keeps it if there are few of these."""
@@ -79,8 +74,9 @@ def clean(plan: Plan, task: int, report: Callable[[int], None]) -> None:
     writer = RecordFile(path)
     for part in plan.tasks[task]:
         for text in _accepted(plan, part, account):
-            writer.write(text.text.encode())
-            facts.append(text, signature(text.text))
+            encoded = text.text.encode()
+            writer.write(encoded)
+            facts.append(text.name, encoded, signature(text.text))
         report(part.size_bytes)
     writer.close()
     facts.save(path.with_suffix(".npz"))
@@ -96,12 +92,13 @@ def _accepted(plan: Plan, part: Part, account: Account) -> Iterator[Text]:
             account.reject(found)
             continue
         text = normalised(found.text)
-        account.passed("read", text)
+        size_bytes = len(text.encode())
+        account.passed("read", size_bytes)
         reason = reason_of(text) if text.strip() else "empty"
         if reason:
             account.reject(Reject(found.name, reason, text))
         else:
-            account.passed("filtered", text)
+            account.passed("filtered", size_bytes)
             yield Text(found.name, text)
     _check_stamp(part, plan.work)
 
@@ -144,10 +141,10 @@ class _Facts:
         self._digests: list[bytes] = []
         self._signatures: list[UInt32[np.ndarray, "256"]] = []
 
-    def append(self, text: Text, signature: UInt32[np.ndarray, "256"] | None) -> None:
-        self._names.append(text.name)
-        self._sizes.append(len(text.text.encode()))
-        self._digests.append(digest(text.text))
+    def append(self, name: str, encoded: bytes, signature: UInt32[np.ndarray, "256"] | None) -> None:
+        self._names.append(name)
+        self._sizes.append(len(encoded))
+        self._digests.append(hashlib.blake2b(encoded, digest_size=DIGEST_BYTES).digest())
         if signature is not None:
             self._signatures.append(signature)
 

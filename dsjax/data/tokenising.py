@@ -40,10 +40,8 @@ def make_tokenizer(plan: Plan) -> None:
 
 def _sample(plan: Plan) -> Iterator[str]:
     """Blocks of training text drawn evenly, always the same."""
-    sides, most_bytes = (
-        load_sides(plan),
-        max(_LEAST_SAMPLE_BYTES, plan.settings.vocab_size * _SAMPLE_BYTES_PER_ID),
-    )
+    sides = load_sides(plan)
+    most_bytes = max(_LEAST_SAMPLE_BYTES, plan.settings.vocab_size * _SAMPLE_BYTES_PER_ID)
     cleaned = [Cleaned(plan, task) for task in range(len(plan.tasks))]
     sizes = np.where(sides.side == TRAIN, np.concatenate([task.sizes for task in cleaned]), 0)
     counts = -(-sizes // _SAMPLE_BLOCK_BYTES)
@@ -75,8 +73,9 @@ def tokenise(plan: Plan, task: int, report: Callable[[int], None]) -> None:
         for text, encoded in _encoded(_texts(plan, task, side), tokenizer):
             writer.append(encoded)
             documents, tokens = documents + 1, tokens + len(encoded)
-            size_bytes += len(text.encode())
-            report(len(text.encode()))
+            done_bytes = len(text.encode())
+            size_bytes += done_bytes
+            report(done_bytes)
         writer.close()
         hashed = hash_of_files(shard_files(plan.folder, name))
         counts = {"documents": documents, "bytes": size_bytes, "tokens": tokens}

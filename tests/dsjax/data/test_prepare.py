@@ -111,18 +111,26 @@ def test_the_counts_of_the_manifest_are_those_of_the_texts(undisturbed):
     assert sorted(found) == sorted(texts)
 
 
-@pytest.mark.parametrize("moment", ["work/clean-00002.json", "work/tokens-00001.json"])
-def test_a_killed_command_goes_on_and_writes_the_same_bytes(corpus, undisturbed, tmp_path, moment):
-    folder = tmp_path / "set"
+def at_work(corpus: Path, folder: Path, moment: str) -> subprocess.Popen[str]:
+    """A command with two workers in a session of its own, when it has just written the file ``moment``."""
     process = subprocess.Popen(
         command(corpus, folder, "--workers=2"),
         env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        text=True,
         start_new_session=True,
     )
     while not (folder / moment).exists():
         assert process.poll() is None
         time.sleep(0.002)
+    return process
+
+
+@pytest.mark.parametrize("moment", ["work/clean-00002.json", "work/tokens-00001.json"])
+def test_a_killed_command_goes_on_and_writes_the_same_bytes(corpus, undisturbed, tmp_path, moment):
+    folder = tmp_path / "set"
+    process = at_work(corpus, folder, moment)
     process.send_signal(signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 10
@@ -158,16 +166,7 @@ def workers_of(session: int) -> list[int]:
 
 def test_an_interrupted_command_says_how_to_go_on_and_leaves_no_process(corpus, undisturbed, tmp_path):
     folder = tmp_path / "set"
-    process = subprocess.Popen(
-        command(corpus, folder, "--workers=2"),
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    while not (folder / "work/clean-00001.json").exists():
-        time.sleep(0.002)
+    process = at_work(corpus, folder, "work/clean-00001.json")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -179,16 +178,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_leaves_no_process(corpus, 
 
 def test_a_killed_worker_is_one_sentence(corpus, undisturbed, tmp_path):
     folder = tmp_path / "set"
-    process = subprocess.Popen(
-        command(corpus, folder, "--workers=2"),
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    while not (folder / "work/clean-00000.json").exists():
-        time.sleep(0.002)
+    process = at_work(corpus, folder, "work/clean-00000.json")
     os.kill(max(workers_of(process.pid)), signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1

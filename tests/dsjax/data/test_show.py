@@ -98,19 +98,17 @@ def test_a_window_is_printed_whole(tokenizer, controls, kind):
     assert "of padding]" in said
 
 
+def show(workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "dsjax.data.show", "--config=configs/tiny.py", f"--workdir={workdir}"]
+    return subprocess.run([*program, *flags], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
 def test_the_command_prints_the_sequences_the_account_and_the_picture(tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(30):
         (tmp_path / "text" / f"{number}.py").write_text(f"def f{number}():\n    return {number}\n" * 20)
-    program = [
-        sys.executable,
-        "-m",
-        "dsjax.data.show",
-        "--config=configs/tiny.py",
-        f"--workdir={tmp_path}/run",
-    ]
     flags = [f"--config.data.paths={tmp_path}/text", "--config.data.fim_rate=0.5", "--rows=2", "--windows=50"]
-    done = subprocess.run([*program, *flags], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = show(tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
     for said in (
         "batch 0, row 1: ",
@@ -121,22 +119,11 @@ def test_the_command_prints_the_sequences_the_account_and_the_picture(tmp_path):
     ):
         assert said in done.stdout
     assert (tmp_path / "run/data.png").read_bytes().startswith(b"\x89PNG")
-    again = subprocess.run(
-        [*program, "--rows=1"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    again = show(tmp_path / "run", "--rows=1")
     assert again.returncode == 0, again.stderr  # what the run has is shown, whatever data.paths says
 
 
 def test_weights_without_data_are_refused_with_the_way_out(tmp_path):
-    program = [
-        sys.executable,
-        "-m",
-        "dsjax.data.show",
-        "--config=configs/tiny.py",
-        f"--workdir={tmp_path}/run",
-    ]
-    done = subprocess.run(
-        [*program, "--config.init.hf=x"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    done = show(tmp_path / "run", "--config.init.hf=x")
     assert done.returncode == 2
     assert "start train.py first, or name it as data.tokenizer" in done.stderr
