@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
 from dsjax.models.causal_blocks import map_causal_blocks
@@ -19,7 +19,7 @@ from pallas_kernels.indexer.api import index_scores
 from pallas_kernels.indexer_loss.api import dense_indexer_loss, sparse_indexer_loss
 from pallas_kernels.residuals import SELECTION
 from pallas_kernels.sparse_mla.api import sparse_mla
-from pallas_kernels.topk.api import topk_indices, topk_mask
+from pallas_kernels.topk.api import select, topk_indices, topk_mask
 from pallas_kernels.visibility import Visibility
 
 _LATENT_EPS = 1e-6  # whatever rms_norm_eps is. Source: the released code and transformers
@@ -143,18 +143,17 @@ class MultiHeadLatentAttention(nnx.Module):
         """The keys that each token of ``x`` attends to: ascending indices, -1 where there are fewer than k."""
         queries, latents = self.project(x, rope)
         number = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), segment_ids.shape)
-        visible = Visibility(number, segment_ids, segment_ids).mask()
-        return self._select(queries.indexer, latents.index_key, visible)[1]
+        visibility = Visibility(number, segment_ids, segment_ids)
+        return self._select(queries.indexer, latents.index_key, visibility, topk_indices)
 
-    def _select(self, index: IndexQuery | None, index_key: Array | None, visible: Bool[Array, "B T S"]):
-        """Index scores and the selected indices; without an indexer, every visible key."""
-        keys = visible.shape[-1]
+    def _select(self, index: IndexQuery | None, index_key: Array | None, visibility: Visibility, topk=select):
+        """The selected keys in the form that ``topk`` gives; without an indexer, a list of all visible ones."""
         if index is None or index_key is None:
-            everything = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32), visible.shape)
-            return None, jnp.where(visible, everything, -1)
-        scores = index_scores(index.q, index_key, index.w)
-        indices = topk_indices(scores, visible, min(self.config.index_topk, keys))
-        return scores, checkpoint_name(indices, SELECTION)
+            everything = jnp.arange(visibility.key_segment.shape[1], dtype=jnp.int32)
+            return jnp.where(visibility.mask(), everything, -1)
+        index, index_key = jax.lax.stop_gradient((index, index_key))
+        scores = index_scores(index.q, index_key, index.w, visibility)
+        return checkpoint_name(topk(scores, min(self.config.index_topk, scores.shape[-1])), SELECTION)
 
     def _attend_mha(self, queries: _BlockQueries, latents: Latents, segment_ids: Array, with_loss: bool):
         """Keys and values unfolded once, masked attention in blocks; heads before tokens, as products like it."""
@@ -171,16 +170,16 @@ class MultiHeadLatentAttention(nnx.Module):
         def attend(block: _BlockQueries, keys):
             k, v, index_key, key_segment = keys
             q = jnp.concatenate([block.queries.nope, block.queries.pe], axis=-1).swapaxes(1, 2)
-            mask = Visibility(block.number, block.segment, key_segment).mask()
+            visibility = Visibility(block.number, block.segment, key_segment)
             index, kl = block.queries.indexer, _no_loss(block.number)
-            if index is not None and (with_loss or mask.shape[-1] > config.index_topk):
-                scores = index_scores(index.q, index_key, index.w)
-                mask = _kept_as_bits(topk_mask(scores, mask, config.index_topk))
-                o, lse = dense_mla(q, k, v, mask, scale=scale)
+            if index is not None and index_key is not None and (with_loss or k.shape[2] > config.index_topk):
+                scores = index_scores(index.q, index_key, index.w, visibility)
+                selected = checkpoint_name(topk_mask(scores, config.index_topk), SELECTION)
+                o, lse = dense_mla(q, k, v, visibility, selected, scale=scale)
                 if with_loss:
-                    kl = dense_indexer_loss(scores, mask, q, k, lse, scale=scale)
+                    kl = dense_indexer_loss(scores, q, k, lse, visibility, selected, scale=scale)
             else:
-                o, _ = dense_mla(q, k, v, mask, scale=scale)
+                o, _ = dense_mla(q, k, v, visibility, scale=scale)
             return o.swapaxes(1, 2), kl
 
         return map_causal_blocks(attend, queries, keys_up_to, block=config.attention_block_size)
@@ -206,21 +205,15 @@ class MultiHeadLatentAttention(nnx.Module):
         absorbed = jnp.einsum("bthp,chp->bthc", block.queries.nope, w_uk, preferred_element_type=jnp.float32)
         q = jnp.concatenate([absorbed.astype(dtype), block.queries.pe], axis=-1)
         kv = jnp.concatenate([latents.c, latents.k_pe], axis=-1)
-        visible = Visibility(block.number, block.segment, key_segment).mask()
-        scores, indices = self._select(block.queries.indexer, latents.index_key, visible)
+        index, index_key = block.queries.indexer, latents.index_key
+        selection = self._select(index, index_key, Visibility(block.number, block.segment, key_segment))
         scale = config.softmax_scale
-        o_latent, lse = sparse_mla(q, kv, indices, latent_dim=config.kv_lora_rank, scale=scale)
+        o_latent, lse = sparse_mla(q, kv, selection, latent_dim=config.kv_lora_rank, scale=scale)
         o = jnp.einsum("bthc,chv->bthv", o_latent, w_uv, preferred_element_type=jnp.float32).astype(dtype)
-        if scores is None or not with_loss:
+        if index is None or index_key is None or not with_loss:
             return o, _no_loss(block.number)
-        return o, sparse_indexer_loss(scores, indices, q, kv, lse, scale=scale)
+        return o, sparse_indexer_loss(index.q, index_key, index.w, q, kv, lse, selection, scale=scale)
 
 
 def _no_loss(number: Int[Array, "B T"]) -> Float[Array, "B T"]:
     return jnp.zeros(number.shape, jnp.float32)
-
-
-def _kept_as_bits(mask: Bool[Array, "B T S"]) -> Bool[Array, "B T S"]:
-    """The mask, such that a rematerialised program may keep it, one bit a key: k indices would take more."""
-    bits = checkpoint_name(jnp.packbits(mask, axis=-1), SELECTION)
-    return jnp.unpackbits(bits, axis=-1, count=mask.shape[-1]).astype(bool)

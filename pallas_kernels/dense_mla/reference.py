@@ -5,10 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt32
 
 from pallas_kernels.residuals import LSE, OUTPUT
+from pallas_kernels.selection import unpack_mask
 from pallas_kernels.softmax import exp_minus, sum_exp
+from pallas_kernels.visibility import Visibility
 
 
 def masked_scores(
@@ -28,12 +30,20 @@ def dense_mla(
     q: Float[Array, "B H T Q"],
     k: Float[Array, "B H S Q"],
     v: Float[Array, "B H S V"],
-    mask: Bool[Array, "B T S"],
+    visibility: Visibility,
+    selected: UInt32[Array, "B W S"] | None = None,
     *,
     scale: float,
 ) -> tuple[Float[Array, "B H T V"], Float[Array, "B H T"]]:
     """See ``api.dense_mla``."""
-    return _attend(q, k, v, mask, scale)
+    return _attend(q, k, v, attended(visibility, selected), scale)
+
+
+def attended(visibility: Visibility, selected: UInt32[Array, "B W S"] | None) -> Bool[Array, "B T S"]:
+    """True where the query attends to the key."""
+    if selected is None:
+        return visibility.mask()
+    return unpack_mask(selected, visibility.query_index.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -2,23 +2,25 @@
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.indexer import reference
+from pallas_kernels.indexer import reference, tpu
 from pallas_kernels.platform import choose
+from pallas_kernels.visibility import Visibility
 
 
 def index_scores(
     q: Float[Array, "B T N J"],
     k: Float[Array, "B S J"],
     w: Float[Array, "B T N"],
+    visibility: Visibility,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "B T S"]:
-    """``I[t, s] = Σ_n w[t, n] · ReLU(q[t, n] · k[s])``, in float32.
+    """``I[t, s] = Σ_n w[t, n] · ReLU(q[t, n] · k[s])`` in float32; -inf where the query may not see the key.
 
-    Constant factors and quantisation scales belong in ``w``, which may be negative. All keys of the block are
-    scored; causality and segments are the caller's, who needs them for the selection too. Differentiable in
-    ``q``, ``k`` and ``w``.
+    Constant factors and quantisation scales belong in ``w``, which may be negative. Differentiable in ``q``, ``k``
+    and ``w``; the array is quadratic: call it on blocks of queries.
 
     Source: V3.2-Exp report eq. 1; checkpoint keys ``indexer.*``.
     """
-    return choose("index_scores", implementation, {"reference": reference.index_scores})(q, k, w)
+    available = {"reference": reference.index_scores, "tpu": tpu.index_scores}
+    return choose("index_scores", implementation, available)(q, k, w, visibility)

@@ -4,10 +4,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.visibility import Visibility
+
 
 def index_scores(
-    q: Float[Array, "B T N J"], k: Float[Array, "B S J"], w: Float[Array, "B T N"]
+    q: Float[Array, "B T N J"], k: Float[Array, "B S J"], w: Float[Array, "B T N"], visibility: Visibility
 ) -> Float[Array, "B T S"]:
     """``Σ_n w · ReLU(q · k)``: see ``api.index_scores``."""
     products = jnp.einsum("btnj,bsj->btns", q, k, preferred_element_type=jnp.float32)
+    return jnp.where(visibility.mask(), _weighted(products, w), -jnp.inf)
+
+
+def listed_index_scores(
+    q: Float[Array, "B T N J"], k: Float[Array, "B T K J"], w: Float[Array, "B T N"]
+) -> Float[Array, "B T K"]:
+    """The same where every query has keys of its own."""
+    return _weighted(jnp.einsum("btnj,btkj->btnk", q, k, preferred_element_type=jnp.float32), w)
+
+
+def _weighted(products: Float[Array, "B T N S"], w: Float[Array, "B T N"]) -> Float[Array, "B T S"]:
     return jnp.sum(w.astype(jnp.float32)[..., None] * jax.nn.relu(products), axis=2)

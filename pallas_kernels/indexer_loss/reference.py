@@ -6,11 +6,13 @@ references, so that XLA merges the two where both stand in one program.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from pallas_kernels.dense_mla.reference import masked_scores
+from pallas_kernels.dense_mla.reference import attended, masked_scores
+from pallas_kernels.indexer.reference import listed_index_scores
 from pallas_kernels.softmax import exp_minus
 from pallas_kernels.sparse_mla.reference import gather_rows, selected_scores
+from pallas_kernels.visibility import Visibility
 
 
 def _mean_over_heads(scores: Array, lse: Array, *, head_axis: int) -> Array:
@@ -28,30 +30,33 @@ def _kl_rows(p: Float[Array, "B T S"], scores: Float[Array, "B T S"], mask: Bool
 
 def dense_indexer_loss(
     scores: Float[Array, "B T S"],
-    mask: Bool[Array, "B T S"],
     q: Float[Array, "B H T Q"],
     k: Float[Array, "B H S Q"],
     lse: Float[Array, "B H T"],
+    visibility: Visibility,
+    selected: UInt32[Array, "B W S"] | None = None,
     *,
     scale: float,
 ) -> Float[Array, "B T"]:
     """See ``api.dense_indexer_loss``."""
-    attention = masked_scores(q, k, mask, scale)
-    p = _mean_over_heads(attention, lse, head_axis=1)
+    mask = attended(visibility, selected)
+    p = _mean_over_heads(masked_scores(q, k, mask, scale), lse, head_axis=1)
     return _kl_rows(p, scores, mask)
 
 
 def sparse_indexer_loss(
-    scores: Float[Array, "B T S"],
-    indices: Int[Array, "B T K"],
+    index_q: Float[Array, "B T N J"],
+    index_k: Float[Array, "B S J"],
+    index_w: Float[Array, "B T N"],
     q: Float[Array, "B T H C+R"],
     kv: Float[Array, "B S C+R"],
     lse: Float[Array, "B T H"],
+    indices: Int[Array, "B T K"],
     *,
     scale: float,
 ) -> Float[Array, "B T"]:
     """See ``api.sparse_indexer_loss``."""
     attention = selected_scores(q, gather_rows(kv, indices), indices, scale)
     p = _mean_over_heads(attention, lse, head_axis=2)
-    selected = jnp.take_along_axis(scores, jnp.maximum(indices, 0), axis=-1)
-    return _kl_rows(p, selected, indices >= 0)
+    scores = listed_index_scores(index_q, gather_rows(index_k, indices), index_w)
+    return _kl_rows(p, scores, indices >= 0)

@@ -1,35 +1,37 @@
-"""Exact top-k selection, ties to the lowest index, in two forms: a mask and a list of indices."""
+"""Exact top-k selection, ties to the lowest index."""
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.platform import choose
-from pallas_kernels.topk import reference
-
-
-def topk_mask(
-    scores: Float[Array, "*B S"],
-    visible: Bool[Array, "*B S"],
-    k: int,
-    *,
-    implementation: str | None = None,
-) -> Bool[Array, "*B S"]:
-    """True at the ``k`` highest scores among the visible keys of each row; at all of them where there are fewer.
-
-    Equal scores (0.0 and -0.0 are equal) are taken in order of index, so every row has exactly
-    ``min(k, visible)`` keys on every platform. Scores must not be NaN. Not differentiable: selection has no
-    gradient.
-
-    Source: V3.2-Exp report eq. 2.
-    """
-    return choose("topk_mask", implementation, {"reference": reference.topk_mask})(scores, visible, k)
+from pallas_kernels.topk import reference, tpu
 
 
 def topk_indices(
-    scores: Float[Array, "*B S"],
-    visible: Bool[Array, "*B S"],
-    k: int,
-    *,
-    implementation: str | None = None,
-) -> Int[Array, "*B K"]:
-    """The same selection as int32 indices in ascending order, the places that stay empty filled with -1."""
-    return choose("topk_indices", implementation, {"reference": reference.topk_indices})(scores, visible, k)
+    scores: Float[Array, "B T S"], k: int, *, implementation: str | None = None
+) -> Int[Array, "B T K"]:
+    """The keys with the ``k`` highest scores of each query, as a list (``selection``): ascending, -1 behind.
+
+    A score of -inf is no key: a query that sees fewer than k keys selects them all. Equal scores (0.0 and -0.0
+    are equal) are taken in order of index, so every platform selects the same. Scores must not be NaN. Not
+    differentiable: selection has no gradient.
+
+    Source: V3.2-Exp report eq. 2.
+    """
+    available = {"reference": reference.topk_indices, "tpu": tpu.topk_indices}
+    return choose("topk_indices", implementation, available)(scores, k)
+
+
+def topk_mask(
+    scores: Float[Array, "B T S"], k: int, *, implementation: str | None = None
+) -> UInt32[Array, "B W S"]:
+    """The same selection as a packed mask (``selection``)."""
+    available = {"reference": reference.topk_mask, "tpu": tpu.topk_mask}
+    return choose("topk_mask", implementation, available)(scores, k)
+
+
+def select(
+    scores: Float[Array, "B T S"], k: int, *, implementation: str | None = None
+) -> Int[Array, "B T K"] | UInt32[Array, "B W S"]:
+    """The same selection in the form that ``sparse_mla`` reads on this platform."""
+    available = {"reference": reference.topk_indices, "tpu": tpu.topk_mask}
+    return choose("select", implementation, available)(scores, k)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from pallas_kernels.selection import pack_mask
+
 _CHUNK = 128  # keys whose running count is one product with a triangular matrix
 
 
@@ -48,11 +50,18 @@ def _first(mask: Bool[Array, "*B S"], room: Float[Array, "*B 1"]) -> Bool[Array,
     return mask & (index < end)
 
 
-def topk_mask(scores: Float[Array, "*B S"], visible: Bool[Array, "*B S"], k: int) -> Bool[Array, "*B S"]:
+def topk_mask(scores: Float[Array, "B T S"], k: int) -> UInt32[Array, "B W S"]:
     """See ``api.topk_mask``."""
+    return pack_mask(_highest(scores, k))
+
+
+def _highest(scores: Float[Array, "B T S"], k: int) -> Bool[Array, "B T S"]:
+    """True at the selected keys."""
+    scores = jax.lax.stop_gradient(scores)
+    visible = scores > -jnp.inf
     if k >= scores.shape[-1]:
         return visible
-    keys = jnp.where(visible, _ordered_bits(jax.lax.stop_gradient(scores)), 0)
+    keys = jnp.where(visible, _ordered_bits(scores), 0)
     threshold = _kth_largest(keys, k)
     above = keys > threshold
     tied = visible & (keys == threshold)
@@ -74,9 +83,14 @@ def _running_count(mask: Bool[Array, "*B S"]) -> Int[Array, "*B S"]:
     return (within + before[..., None]).reshape(*rows, chunks * _CHUNK)[..., :length]
 
 
-def topk_indices(scores: Float[Array, "*B S"], visible: Bool[Array, "*B S"], k: int) -> Int[Array, "*B K"]:
-    """See ``api.topk_indices``: the n-th index is where the running count of the mask first reaches n."""
-    count = _running_count(topk_mask(scores, visible, k))
+def topk_indices(scores: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
+    """See ``api.topk_indices``."""
+    return indices_of(_highest(scores, k), k)
+
+
+def indices_of(mask: Bool[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
+    """A mask with at most ``k`` keys a row as a list: the n-th index is where its running count first reaches n."""
+    count = _running_count(mask)
     wanted = jnp.arange(1, k + 1, dtype=jnp.int32)
     rows = count.reshape(-1, count.shape[-1])
     found = jax.vmap(lambda row: jnp.searchsorted(row, wanted, side="left"))(rows)

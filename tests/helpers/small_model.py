@@ -13,6 +13,7 @@ from dsjax.config import ModelConfig, presets
 from dsjax.models.rope import rope_at
 from dsjax.models.transformer import Transformer
 from pallas_kernels.indexer.api import index_scores
+from pallas_kernels.visibility import Visibility
 
 
 @quick_jit
@@ -139,10 +140,13 @@ def selection_margin(layer, x, rope) -> jax.Array:
     attn, x = layer.self_attn, layer.input_layernorm(x)
     k = attn.config.index_topk
     query = attn.indexer.query(x, attn.q_a_layernorm(attn.q_a_proj(x)), rope)
-    scores = index_scores(query.q, attn.indexer.key(x, rope), query.w)
-    causal = jnp.tril(jnp.ones(scores.shape[1:], bool))
-    largest = jnp.max(jnp.where(causal, jnp.abs(scores), 0), axis=-1)
-    best = jax.lax.top_k(jnp.where(causal, scores, -jnp.inf), k + 1)[0]
+    number, segment = (
+        jnp.broadcast_to(jnp.asarray(n, jnp.int32), x.shape[:2]) for n in (jnp.arange(x.shape[1]), 1)
+    )
+    visibility = Visibility(number, segment, segment)
+    scores = index_scores(query.q, attn.indexer.key(x, rope), query.w, visibility)
+    largest = jnp.max(jnp.where(visibility.mask(), jnp.abs(scores), 0), axis=-1)
+    best = jax.lax.top_k(scores, k + 1)[0]
     gap = (best[..., k - 1] - best[..., k]) / largest
     return jnp.min(jnp.where(jnp.arange(scores.shape[1]) >= k, gap, jnp.inf))
 

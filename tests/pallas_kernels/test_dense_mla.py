@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import assert_gradients, cosine_difference, normal, quick_jit, relative
+from visible import everyone, packed
 
 from pallas_kernels.dense_mla.api import dense_mla
 
 B, H, T, S, Q, V = 2, 3, 37, 53, 24, 16
 SCALE = 0.3
+EVERYONE = everyone(B, T, S)
 attend = quick_jit(dense_mla, static_argnames="scale")
 
 
@@ -47,7 +49,7 @@ def float64(arrays) -> list[np.ndarray]:
 def test_float32(size):
     """Also where scores reach thousands, whose exponentials no float holds."""
     arrays, mask = inputs(size=size), random_mask()
-    o, lse = attend(*arrays, mask, scale=SCALE)
+    o, lse = attend(*arrays, EVERYONE, packed(mask), scale=SCALE)
     expected_o, expected_lse = by_formula(*float64(arrays), mask)
     assert (o.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     # Scores of size n are right to n units in the last place, and so is what follows from them.
@@ -60,7 +62,7 @@ def test_float32(size):
 def test_bfloat16_output():
     """What every backend promises in bfloat16, against the formula on the same rounded inputs."""
     arrays, mask = inputs(jnp.bfloat16), random_mask()
-    o, lse = attend(*arrays, mask, scale=SCALE)
+    o, lse = attend(*arrays, EVERYONE, packed(mask), scale=SCALE)
     expected, _ = by_formula(*float64(arrays), mask)
     assert (o.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
     assert cosine_difference(o, expected) < 7e-6
@@ -72,7 +74,7 @@ def test_bfloat16_log_sum_exp():
     The softmax scale is not a power of two, in tests as in models: a query multiplied by it must not be rounded.
     """
     arrays, mask = inputs(jnp.bfloat16), random_mask()
-    _, lse = attend(*arrays, mask, scale=SCALE)
+    _, lse = attend(*arrays, EVERYONE, packed(mask), scale=SCALE)
     _, expected = by_formula(*float64(arrays), mask)
     np.testing.assert_allclose(lse, expected, rtol=0, atol=2e-6)
 
@@ -82,7 +84,7 @@ def test_gradients():
     of_o, of_lse = normal(4, B, H, T, V), normal(5, B, H, T)
 
     def total(q, k, v):
-        o, lse = dense_mla(q, k, v, mask, scale=SCALE)
+        o, lse = dense_mla(q, k, v, EVERYONE, packed(mask), scale=SCALE)
         return jnp.sum(o * of_o) + jnp.sum(jnp.where(mask.any(-1)[:, None], lse, 0) * of_lse)
 
     def total_by_formula(q, k, v):
@@ -98,10 +100,10 @@ def test_gradients_where_no_query_sees_anything():
     arrays, mask = inputs(), np.zeros((B, T, S), bool)
 
     def total(q, k, v):
-        o, lse = dense_mla(q, k, v, mask, scale=SCALE)
+        o, lse = dense_mla(q, k, v, EVERYONE, packed(mask), scale=SCALE)
         return jnp.sum(o) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0))
 
-    o, lse = attend(*arrays, mask, scale=SCALE)
+    o, lse = attend(*arrays, EVERYONE, packed(mask), scale=SCALE)
     assert not np.any(o)
     assert np.all(np.isneginf(lse))
     assert all(np.all(np.asarray(g) == 0) for g in quick_jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays))

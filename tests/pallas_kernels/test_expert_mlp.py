@@ -55,7 +55,7 @@ def by_formula(x, experts, weights, gate, up, down) -> np.ndarray:
     return y
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_output(name, implementation):
     arrays = inputs(name)
@@ -64,13 +64,13 @@ def test_output(name, implementation):
     assert relative(y, by_formula(*arrays)) < 1e-6
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 def test_bfloat16(implementation):
     arrays = inputs("several blocks an expert", jnp.bfloat16)
     assert relative(run(*arrays, implementation=implementation), by_formula(*arrays)) < 5e-3
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize("name", ["several blocks an expert", "one expert has every token", "one token"])
 def test_gradients(name, implementation):
     """Against the automatic gradient of a plain sum over all experts, each computed for every token."""
@@ -97,7 +97,7 @@ def test_gradients(name, implementation):
         assert relative(found, wanted) < 2e-6
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize(
     "name", ["skewed, blocks cut short", "one token", "256 experts, one of 8 tokens each"]
 )

@@ -3,38 +3,41 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from visible import everyone
 
 from pallas_kernels.dense_mla.api import dense_mla
 from pallas_kernels.expert_mlp.api import expert_mlp
 from pallas_kernels.indexer.api import index_scores
 from pallas_kernels.indexer_loss.api import dense_indexer_loss, sparse_indexer_loss
-from pallas_kernels.platform import choose
+from pallas_kernels.platform import UnsupportedError, choose, interpreted, target
 from pallas_kernels.sparse_mla.api import sparse_mla
-from pallas_kernels.topk.api import topk_indices, topk_mask
+from pallas_kernels.topk.api import select, topk_indices, topk_mask
 
 Z = jnp.zeros
-MASK, INDICES = Z((1, 2, 2), bool), Z((1, 2, 1), jnp.int32)
+INDEX = Z((1, 2, 1, 4)), Z((1, 2, 4)), Z((1, 2, 1))
+INDICES, EVERYONE = Z((1, 2, 1), jnp.int32), everyone(1, 2, 2)
 CALLS = {
-    "dense_mla": (dense_mla, (Z((1, 1, 2, 4)),) * 3 + (MASK,), {"scale": 1.0}),
+    "dense_mla": (dense_mla, (Z((1, 1, 2, 4)),) * 3 + (EVERYONE,), {"scale": 1.0}),
     "expert_mlp": (
         expert_mlp,
         (Z((2, 4)), Z((2, 1), jnp.int32), Z((2, 1)), Z((1, 4, 8)), Z((1, 4, 8)), Z((1, 8, 4))),
         {},
     ),
-    "index_scores": (index_scores, (Z((1, 2, 1, 4)), Z((1, 2, 4)), Z((1, 2, 1))), {}),
+    "index_scores": (index_scores, (*INDEX, EVERYONE), {}),
     "dense_indexer_loss": (
         dense_indexer_loss,
-        (Z((1, 2, 2)), MASK, Z((1, 1, 2, 4)), Z((1, 1, 2, 4)), Z((1, 1, 2))),
+        (Z((1, 2, 2)), Z((1, 1, 2, 4)), Z((1, 1, 2, 4)), Z((1, 1, 2)), EVERYONE),
         {"scale": 1.0},
     ),
     "sparse_indexer_loss": (
         sparse_indexer_loss,
-        (Z((1, 2, 2)), INDICES, Z((1, 2, 1, 4)), Z((1, 2, 4)), Z((1, 2, 1))),
+        (*INDEX, Z((1, 2, 1, 4)), Z((1, 2, 4)), Z((1, 2, 1)), INDICES),
         {"scale": 1.0},
     ),
     "sparse_mla": (sparse_mla, (Z((1, 2, 1, 4)), Z((1, 2, 4)), INDICES), {"latent_dim": 2, "scale": 1.0}),
-    "topk_mask": (topk_mask, (Z((2, 2)), Z((2, 2), bool), 1), {}),
-    "topk_indices": (topk_indices, (Z((2, 2)), Z((2, 2), bool), 1), {}),
+    "topk_mask": (topk_mask, (Z((1, 2, 2)), 1), {}),
+    "topk_indices": (topk_indices, (Z((1, 2, 2)), 1), {}),
+    "select": (select, (Z((1, 2, 2)), 1), {}),
 }
 
 
@@ -42,15 +45,35 @@ CALLS = {
 def test_an_unknown_implementation_is_refused_with_the_names_of_those_there_are(name):
     function, arguments, options = CALLS[name]
     jax.block_until_ready(function(*arguments, **options, implementation="reference"))
-    with pytest.raises(ValueError, match=rf"{name} has no implementation 'cuda'.*'reference'"):
+    with pytest.raises(UnsupportedError, match=rf"{name} has no implementation 'cuda'.*'reference'"):
         function(*arguments, **options, implementation="cuda")
 
 
-def test_the_platform_chooses_where_the_caller_does_not(monkeypatch):
+def test_the_platform_chooses_where_the_caller_does_not():
     functions = {"reference": lambda: "reference", "gpu": lambda: "gpu"}
-    for platform, expected in {"gpu": "gpu", "tpu": "reference", "cpu": "reference"}.items():
-        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        assert choose("op", None, functions)() == expected
+    assert (target(), choose("op", None, functions)()) == ("cpu", "reference")
+    with interpreted("gpu"):
+        assert (target(), choose("op", None, functions)()) == ("gpu", "gpu")
         assert choose("op", "gpu", functions)() == "gpu"
-        with pytest.raises(ValueError, match="op has no implementation 'tpu'"):
-            choose("op", "tpu", functions)
+        assert choose("op", "reference", functions)() == "reference"
+    with interpreted("tpu"):
+        assert choose("op", None, functions)() == "reference"
+
+
+def test_a_kernel_of_another_platform_is_refused():
+    functions = {"reference": lambda: "reference", "gpu": lambda: "gpu"}
+    with pytest.raises(
+        UnsupportedError, match=r"op: the implementation 'gpu' does not run on cpu.*interpreted\('gpu'\)"
+    ):
+        choose("op", "gpu", functions)
+
+
+def test_a_program_traced_before_is_traced_again_for_another_platform():
+    @jax.jit
+    def platform_is_tpu(x):
+        return x + (target() == "tpu")
+
+    assert platform_is_tpu(0) == 0
+    with interpreted("tpu"):
+        assert platform_is_tpu(0) == 1
+    assert platform_is_tpu(0) == 0

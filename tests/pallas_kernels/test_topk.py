@@ -1,7 +1,5 @@
 """The selection against a sort: the highest scores among the visible, ties to the lowest index."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,27 +7,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import normal, quick_jit
+from visible import packed
 
+from pallas_kernels.selection import unpack_mask
 from pallas_kernels.topk.api import topk_indices, topk_mask
 
-mask_of = quick_jit(topk_mask, static_argnames="k")
-indices_of = quick_jit(topk_indices, static_argnames="k")
+mask_of = quick_jit(topk_mask, static_argnames=("k", "implementation"))
+indices_of = quick_jit(topk_indices, static_argnames=("k", "implementation"))
+on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
 
 
-def selected_by_sorting(scores: np.ndarray, visible: np.ndarray, k: int) -> np.ndarray:
+def selected_by_sorting(scores: np.ndarray, k: int) -> np.ndarray:
     """Row by row. numpy's stable sort keeps equal scores, and 0.0 and -0.0 are equal, in order of index."""
     mask = np.zeros(scores.shape, bool)
     for row in np.ndindex(scores.shape[:-1]):
-        places = np.flatnonzero(visible[row])
+        places = np.flatnonzero(scores[row] > -np.inf)
         best = places[np.argsort(-scores[row][places].astype(np.float64), kind="stable")[:k]]
         mask[row][best] = True
     return mask
 
 
-def check(scores: np.ndarray, visible: np.ndarray, k: int) -> None:
-    expected = selected_by_sorting(scores, visible, k)
-    np.testing.assert_array_equal(mask_of(scores, visible, k), expected)
-    indices = np.asarray(indices_of(scores, visible, k))
+def check(implementation: str, scores: np.ndarray, visible: np.ndarray, k: int) -> None:
+    scores = np.where(visible, scores, -np.inf).astype(scores.dtype).reshape(-1, *scores.shape[-2:])
+    expected = selected_by_sorting(scores, k)
+    np.testing.assert_array_equal(mask_of(scores, k, implementation=implementation), packed(expected))
+    indices = np.asarray(indices_of(scores, k, implementation=implementation))
     assert indices.dtype == np.int32
     assert indices.shape == (*scores.shape[:-1], k)
     for row in np.ndindex(scores.shape[:-1]):
@@ -61,36 +63,53 @@ SCORES = {
 }
 
 
+@on_every_platform
 @pytest.mark.parametrize("k", [1, 64, 299])
 @pytest.mark.parametrize("name", SCORES)
-def test_selection(name, k):
+def test_selection(implementation, name, k):
     """All keys visible, only earlier ones, and a few anywhere (rows without any, and with fewer than k)."""
     scores = np.asarray(SCORES[name], np.float32)
     few = np.random.RandomState(9).uniform(size=scores.shape) < np.linspace(0, 0.6, 40)[:, None]
     for visible in (np.ones(scores.shape, bool), causal(40, 300), few):
-        check(scores, visible, k)
+        check(implementation, scores, visible, k)
 
 
+@on_every_platform
+def test_a_hundred_seeds(implementation):
+    """Longer than a block of keys, four kinds of scores a seed."""
+    keys, rows = 2500, []
+    for seed in range(100):
+        scores = normal(1000 + seed, keys)
+        halves = np.where(np.arange(keys) % 2, 0.5, scores)
+        rows += [scores, np.round(scores), halves, np.maximum(scores, 0)]
+    scores = np.stack(rows).astype(np.float32)
+    visible = np.arange(keys) <= np.linspace(0, 1.3 * keys, len(rows), dtype=int)[:, None]
+    check(implementation, scores, visible, 512)
+
+
+@on_every_platform
 @pytest.mark.parametrize("k", [300, 301, 512])
-def test_k_of_all_keys_or_more_takes_the_visible(k):
-    check(normal(0, 40, 300), causal(40, 300), k)
+def test_k_of_all_keys_or_more_takes_the_visible(implementation, k):
+    check(implementation, normal(0, 40, 300), causal(40, 300), k)
 
 
-def test_eight_thousand_keys():
+@on_every_platform
+def test_eight_thousand_keys(implementation):
     """Half of the scores are zero, as behind a ReLU: most rows end inside the plateau."""
     scores = np.maximum(normal(0, 2, 3, 8192), 0)
     scores[0] -= np.float32(0.5)
     visible = np.broadcast_to(causal(3, 8192), scores.shape).copy()
     visible[1, 2, 4000:] = False
-    check(scores, visible, 2048)
-    check(np.where(scores > 1, scores, 0).astype(np.float32), visible, 2048)
+    check(implementation, scores, visible, 2048)
+    check(implementation, np.where(scores > 1, scores, 0).astype(np.float32), visible, 2048)
 
 
-def test_one_row_and_low_precision():
-    scores = jnp.asarray(normal(0, 500), jnp.bfloat16)  # 8 bits: many ties
-    check(np.asarray(scores.astype(jnp.float32)), np.ones(500, bool), 100)
-    expected = selected_by_sorting(np.asarray(scores.astype(jnp.float32)), np.ones(500, bool), 100)
-    np.testing.assert_array_equal(mask_of(scores, np.ones(500, bool), 100), expected)
+@on_every_platform
+def test_one_row_and_low_precision(implementation):
+    scores = jnp.asarray(normal(0, 1, 1, 500), jnp.bfloat16)  # 8 bits: many ties
+    check(implementation, np.asarray(scores.astype(jnp.float32)), np.ones((1, 500), bool), 100)
+    expected = selected_by_sorting(np.asarray(scores.astype(jnp.float32)), 100)
+    np.testing.assert_array_equal(mask_of(scores, 100, implementation=implementation), packed(expected))
 
 
 _VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0000001, 3e38, -3e38, 1e-30]) | st.floats(
@@ -103,12 +122,21 @@ _VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0000001, 3e38, -3e38, 1e-30])
     st.lists(st.tuples(_VALUES, st.booleans()), min_size=24, max_size=24), st.sampled_from([1, 5, 23, 24, 30])
 )
 def test_any_row(row, k):
+    """The reference alone: its interpreted rivals take too long for so many rows."""
     scores, visible = np.array([s for s, _ in row], np.float32), np.array([v for _, v in row])
-    check(scores[None], visible[None], k)
+    check("reference", scores[None], visible[None], k)
 
 
-def test_nothing_is_learnt_through_the_selection():
-    scores, visible = normal(0, 8, 100), np.ones((8, 100), bool)
-    weighed = functools.partial(lambda s: jnp.sum(jnp.where(topk_mask(s, visible, 10), s * s, 0)))
+@on_every_platform
+def test_nothing_is_learnt_through_the_selection(implementation):
+    scores = normal(0, 1, 8, 100)
+
+    def weighed(scores):
+        return jnp.sum(
+            jnp.where(
+                unpack_mask(topk_mask(scores, 10, implementation=implementation), 8), scores * scores, 0
+            )
+        )
+
     gradient = quick_jit(jax.grad(weighed))(scores)
-    np.testing.assert_allclose(gradient, np.where(selected_by_sorting(scores, visible, 10), 2 * scores, 0))
+    np.testing.assert_allclose(gradient, np.where(selected_by_sorting(scores, 10), 2 * scores, 0))

@@ -8,6 +8,7 @@ from e4m3 import VALUES
 from numerics import quick_jit, relative
 from small_model import random_model, small_config, variables
 from transcription import IndexerTranscription, float64
+from visible import everyone
 
 from dsjax.models.rope import rope_at
 from dsjax.models.stack import layer_at
@@ -35,7 +36,8 @@ def ours(attn, x, q_latent, positions):
     rope = rope_at(positions, attn.config)
     index = attn.indexer.query(x, q_latent, rope)
     key = attn.indexer.key(x, rope)
-    return index.q, key, index.w, index_scores(index.q, key, index.w)
+    visibility = everyone(*x.shape[:2], x.shape[1])
+    return index.q, key, index.w, index_scores(index.q, key, index.w, visibility)
 
 
 def transcription(attn, x, q_latent, positions) -> IndexerTranscription:

@@ -1,0 +1,52 @@
+"""Arrays cut into the blocks that kernels read: padding, and which pairs of blocks there is anything to do for."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.visibility import Visibility
+
+_NONE = jnp.iinfo(jnp.int32)
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``n``."""
+    return -(-n // multiple) * multiple
+
+
+def pad_axis(x: Array, axis: int, multiple: int) -> Array:
+    """``x`` with zeros behind, so that the axis is a multiple."""
+    missing = round_up(x.shape[axis], multiple) - x.shape[axis]
+    if missing == 0:
+        return x
+    return jnp.pad(x, [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)])
+
+
+def pad_visibility(visibility: Visibility, query_block: int, key_block: int) -> Visibility:
+    """The same limits; queries and keys behind the last are padding."""
+    return Visibility(
+        pad_axis(visibility.query_index, 1, query_block),
+        pad_axis(visibility.query_segment, 1, query_block),
+        pad_axis(visibility.key_segment, 1, key_block),
+    )
+
+
+def live_blocks(visibility: Visibility, query_block: int, key_block: int) -> Int[Array, "B I J"]:
+    """1 where some query of block i may see some key of block j; 0 where none does, for certain.
+
+    By ranges of places and segments: exact where segments do not return, as in packed documents.
+    """
+    index, segment, key = visibility.query_index, visibility.query_segment, visibility.key_segment
+    index, segment = (x.reshape(x.shape[0], -1, query_block) for x in (index, segment))
+    key = key.reshape(key.shape[0], -1, key_block)
+    last_seen = jnp.max(jnp.where(segment != 0, index, -1), axis=-1)[:, :, None]
+    (lowest, highest), (key_lowest, key_highest) = _range(segment), _range(key)
+    first_key = key_block * jnp.arange(key.shape[1], dtype=jnp.int32)
+    overlap = (lowest[:, :, None] <= key_highest[:, None]) & (key_lowest[:, None] <= highest[:, :, None])
+    return (overlap & (first_key <= last_seen)).astype(jnp.int32)
+
+
+def _range(segment: Int[Array, "B I N"]) -> tuple[Int[Array, "B I"], Int[Array, "B I"]]:
+    """Lowest and highest segment of each block, padding aside; an empty range where there is nothing else."""
+    lowest = jnp.min(jnp.where(segment != 0, segment, _NONE.max), axis=-1)
+    highest = jnp.max(jnp.where(segment != 0, segment, _NONE.min), axis=-1)
+    return lowest, highest

@@ -1,0 +1,30 @@
+"""The two forms of a selection of keys, and how the second is packed.
+
+A list: int32 indices [B, T, K], ascending, -1 in the places that stay empty. What a gather reads: CPU and GPU.
+
+A packed mask: uint32 words [B, W, S] with W = ceil(T / 32). Bit ``t % 32`` of ``words[b, t // 32, s]`` says that
+query t selected key s. One bit a pair, and all that a block of 32 queries wants of a key in one word: TPU, and
+masked attention everywhere.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, UInt32
+
+BITS = 32  # queries a word
+
+
+def pack_mask(mask: Bool[Array, "B T S"]) -> UInt32[Array, "B W S"]:
+    """The packed form of a mask; queries past the last select nothing."""
+    batch, queries, keys = mask.shape
+    words = -(-queries // BITS)
+    mask = jnp.pad(mask, [(0, 0), (0, words * BITS - queries), (0, 0)]).reshape(batch, words, BITS, keys)
+    place = jnp.arange(BITS, dtype=jnp.uint32)[:, None]
+    return jnp.sum(mask.astype(jnp.uint32) << place, axis=2, dtype=jnp.uint32)
+
+
+def unpack_mask(words: UInt32[Array, "B W S"], queries: int) -> Bool[Array, "B T S"]:
+    """The mask of the first ``queries`` queries."""
+    place = jnp.arange(BITS, dtype=jnp.uint32)[:, None]
+    mask = (jax.lax.expand_dims(words, [2]) >> place) & 1
+    return mask.reshape(words.shape[0], -1, words.shape[-1])[:, :queries].astype(bool)
