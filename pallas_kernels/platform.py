@@ -7,16 +7,19 @@ from typing import Literal
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-_interpreted = jax.make_user_context(None)
+_interpreted = jax.make_user_context((None, False))  # platform, whether races are looked for
 
 
 class UnsupportedError(ValueError):
     """A kernel that cannot run here, or cannot take these arguments."""
 
 
-def interpreted(platform: Literal["tpu", "gpu"]) -> AbstractContextManager:
-    """Within this context the kernels of a platform run on any machine, slowly, by interpretation."""
-    return _interpreted(platform)
+def interpreted(platform: Literal["tpu", "gpu"], *, detect_races: bool = False) -> AbstractContextManager:
+    """Within this context the kernels of a platform run on any machine, slowly, by interpretation.
+
+    Where ``detect_races``, the TPU's interpreter looks for copies that nobody waited for; ten times as slow.
+    """
+    return _interpreted((platform, detect_races))
 
 
 def target() -> str:
@@ -24,8 +27,9 @@ def target() -> str:
 
     That of the mesh in use, which need not be of this machine, else jax's default.
     """
-    if _interpreted.value:
-        return _interpreted.value
+    platform, _ = _interpreted.value
+    if platform:
+        return platform
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return jax.default_backend()
@@ -34,13 +38,19 @@ def target() -> str:
 
 
 def tpu_interpreter() -> pltpu.InterpretParams | Literal[False]:
-    """What a TPU kernel passes as ``interpret``: the interpreter looks for races between copies and reads."""
-    return pltpu.InterpretParams(detect_races=True) if _interpreted.value == "tpu" else False
+    """What a TPU kernel passes as ``interpret``."""
+    platform, detect_races = _interpreted.value
+    return pltpu.InterpretParams(detect_races=detect_races) if platform == "tpu" else False
+
+
+def tpu_cores() -> int:
+    """Cores that work as one device: two on v4 and v5p, where kernels that accumulate need an accumulator for each."""
+    return 1 if tpu_interpreter() else pltpu.get_tpu_info().num_cores
 
 
 def gpu_interpreter() -> bool:
     """What a GPU kernel passes as ``interpret``."""
-    return _interpreted.value == "gpu"
+    return _interpreted.value[0] == "gpu"
 
 
 def choose(op: str, implementation: str | None, available: Mapping[str, Callable]) -> Callable:

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.platform import choose
-from pallas_kernels.sparse_mla import reference
+from pallas_kernels.sparse_mla import reference, tpu
 
 
 def sparse_mla(
@@ -25,5 +25,6 @@ def sparse_mla(
 
     Source: V3.2-Exp report §1 (MQA form), V2 report §2.1.3 (absorbed weights).
     """
-    chosen = choose("sparse_mla", implementation, {"reference": reference.sparse_mla})
+    available = {"reference": reference.sparse_mla, "tpu": tpu.sparse_mla}
+    chosen = choose("sparse_mla", implementation, available)
     return chosen(q, kv, selection, latent_dim=latent_dim, scale=scale)

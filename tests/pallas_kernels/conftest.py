@@ -4,12 +4,22 @@ import pytest
 
 from pallas_kernels.platform import interpreted
 
+RACES = "tpu, races looked for"
+
 
 @pytest.fixture
-def implementation(request):
-    """Name of the implementation under test, whose kernels run interpreted: ``@pytest.mark.parametrize`` it."""
+def implementation(request, capfd):
+    """Name of the implementation under test, whose kernels run interpreted: ``@pytest.mark.parametrize`` it.
+
+    "tpu, races looked for" is "tpu", and fails where a copy races with a read or a write.
+    """
     if request.param == "reference":
         yield request.param
+    elif request.param == RACES:
+        with interpreted("tpu", detect_races=True):
+            yield "tpu"
+        # jax 0.10 prints what jax 0.12 raises.
+        assert "RACE DETECTED" not in capfd.readouterr().out
     else:
         with interpreted(request.param):
             yield request.param
