@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, UInt32
 
+from pallas_kernels.platform import UnsupportedError
+
 BITS = 32  # queries a word
 
 
@@ -28,3 +30,23 @@ def unpack_mask(words: UInt32[Array, "B W S"], queries: int) -> Bool[Array, "B T
     place = jnp.arange(BITS, dtype=jnp.uint32)[:, None]
     mask = (jax.lax.expand_dims(words, [2]) >> place) & 1
     return mask.reshape(words.shape[0], -1, words.shape[-1])[:, :queries].astype(bool)
+
+
+def require_list(op: str, selection: Array) -> None:
+    """Raises UnsupportedError unless the selection is a list."""
+    if selection.dtype != jnp.int32:
+        raise UnsupportedError(
+            f"{op}: this implementation reads a selection as a list of int32 indices [B, T, K], and it was given "
+            f"{selection.dtype}{list(selection.shape)}: make it with topk.select or topk.topk_indices"
+        )
+
+
+def require_mask(op: str, selection: Array, queries: int, keys: int) -> None:
+    """Raises UnsupportedError unless the selection is a packed mask of so many queries and keys."""
+    words = -(-queries // BITS)
+    if selection.dtype != jnp.uint32 or selection.shape[1:] != (words, keys):
+        raise UnsupportedError(
+            f"{op}: this implementation reads a selection as a packed mask, uint32[B, {words}, {keys}] for {queries} "
+            f"queries and {keys} keys, and it was given {selection.dtype}{list(selection.shape)}: make it with "
+            "topk.select or topk.topk_mask"
+        )

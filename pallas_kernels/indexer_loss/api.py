@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels.indexer_loss import reference
+from pallas_kernels.indexer_loss import reference, tpu
 from pallas_kernels.platform import choose
 from pallas_kernels.visibility import Visibility
 
@@ -49,7 +49,7 @@ def sparse_indexer_loss(
     The index scores are those of ``index_scores``, computed for the selected pairs alone: the gradient reaches
     ``index_q``, ``index_k`` and ``index_w``, and costs nothing for keys that nobody selected.
     """
-    available = {"reference": reference.sparse_indexer_loss}
+    available = {"reference": reference.sparse_indexer_loss, "tpu": tpu.sparse_indexer_loss}
     return choose("sparse_indexer_loss", implementation, available)(
         index_q, index_k, index_w, q, kv, lse, selection, scale=scale
     )

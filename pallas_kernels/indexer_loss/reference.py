@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.dense_mla.reference import attended, masked_scores
 from pallas_kernels.indexer.reference import listed_index_scores
+from pallas_kernels.selection import require_list
 from pallas_kernels.softmax import exp_minus
 from pallas_kernels.sparse_mla.reference import gather_rows, selected_scores
 from pallas_kernels.visibility import Visibility
@@ -56,6 +57,7 @@ def sparse_indexer_loss(
     scale: float,
 ) -> Float[Array, "B T"]:
     """See ``api.sparse_indexer_loss``."""
+    require_list("sparse_indexer_loss", indices)
     attention = selected_scores(q, gather_rows(kv, indices), indices, scale)
     p = _mean_over_heads(attention, lse, head_axis=2)
     scores = listed_index_scores(index_q, gather_rows(index_k, indices), index_w)

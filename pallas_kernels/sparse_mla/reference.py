@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.residuals import LSE, OUTPUT
+from pallas_kernels.selection import require_list
 from pallas_kernels.softmax import exp_minus, sum_exp
 
 
@@ -34,6 +35,7 @@ def sparse_mla(
     scale: float,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
     """See ``api.sparse_mla``. The gathered rows of all queries exist at once: call it on blocks of queries."""
+    require_list("sparse_mla", indices)
     return _attend(q, kv, indices, latent_dim, scale)
 
 

@@ -8,7 +8,6 @@ one device has an accumulator for each.
 
 import functools
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +19,24 @@ from jaxtyping import Array, Float, UInt32
 from pallas_kernels.blocks import pad_axis, round_up
 from pallas_kernels.platform import tpu_cores, tpu_interpreter
 from pallas_kernels.residuals import LSE, OUTPUT
-from pallas_kernels.selection import BITS
 from pallas_kernels.sparse_mla.union import (
     KEYS,
     LANES,
-    VMEM_BYTES,
-    Sizes,
+    Gather,
+    Scatter,
     columns_of,
-    for_each_key,
+    compiler_params,
+    cost,
     is_member,
+    over_tiles,
     pad_queries,
     prepare,
     product,
+    rows_spec,
+    statistics_spec,
+    tile_scratch,
+    union_spec,
     unpack,
-    wait_for_rows,
 )
 
 _LOW = -1e30  # the score of a key that is not a query's: far below half of it, where the highest score begins
@@ -62,67 +65,29 @@ def _forward(q: Array, kv: Array, selected: Array, latent_dim: int, scale: float
     o, lse = pl.pallas_call(
         functools.partial(_forward_kernel, sizes=sizes, scale=scale),
         grid=(sizes.batch, sizes.blocks),
-        in_specs=[_union_spec(sizes), _query_spec(sizes, sizes.width), pl.BlockSpec(memory_space=pl.ANY)],
-        out_specs=[_query_spec(sizes, sizes.latent), _statistics_spec(sizes)],
+        in_specs=[
+            union_spec(sizes),
+            rows_spec(sizes.columns, sizes.width),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=[rows_spec(sizes.columns, sizes.latent), statistics_spec(1, sizes.columns)],
         out_shape=[
             jax.ShapeDtypeStruct((*operands.q.shape[:2], sizes.latent), operands.q.dtype),
             jax.ShapeDtypeStruct((sizes.batch, sizes.blocks, 1, sizes.columns), jnp.float32),
         ],
         scratch_shapes=[
-            *_tile_scratch(sizes),
+            *tile_scratch(sizes),
             pltpu.VMEM((sizes.latent, KEYS), operands.q.dtype),
             pltpu.VMEM((sizes.latent, sizes.columns), jnp.float32),
             pltpu.VMEM((2, 1, sizes.columns), jnp.float32),
         ],
-        compiler_params=_compiler_params("parallel", "parallel"),
-        cost_estimate=_cost(sizes, 2 * (sizes.width + sizes.latent)),
+        compiler_params=compiler_params("parallel", "parallel"),
+        cost_estimate=cost(sizes, 2 * (sizes.width + sizes.latent)),
         interpret=tpu_interpreter(),
     )(operands.union, operands.q, operands.rows)
     o = o.reshape(sizes.batch, -1, sizes.heads, sizes.latent)[:, : q.shape[1], : q.shape[2], :latent_dim]
     lse = lse.reshape(sizes.batch, -1, sizes.heads)[:, : q.shape[1], : q.shape[2]]
     return o.astype(kv.dtype), lse
-
-
-def _union_spec(sizes: Sizes, block=lambda b, i: (b, i)):
-    return pl.BlockSpec(
-        (1, 1, 1, sizes.keys // BITS), lambda *ids: (*block(*ids), 0, 0), memory_space=pltpu.SMEM
-    )
-
-
-def _query_spec(sizes: Sizes, width: int, block=lambda b, i: (b, i)):
-    return pl.BlockSpec((1, sizes.columns, width), lambda *ids: (*block(*ids), 0))
-
-
-def _statistics_spec(sizes: Sizes, block=lambda b, i: (b, i)):
-    return pl.BlockSpec((1, 1, 1, sizes.columns), lambda *ids: (*block(*ids), 0, 0))
-
-
-def _tile_scratch(sizes: Sizes) -> list:
-    """Two tiles as they arrive, the keys of one, and their words."""
-    return [
-        pltpu.VMEM((2, KEYS, sizes.row_words), jnp.int32),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.VMEM((KEYS, sizes.width), jnp.bfloat16),
-        pltpu.VMEM((KEYS, 1), jnp.int32),
-    ]
-
-
-def _compiler_params(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(
-        dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
-    )
-
-
-def _cost(sizes: Sizes, flops_per_pair: int) -> pl.CostEstimate:
-    """As if every block's union were a tile: the selection is not known when the program is made."""
-    pairs = sizes.batch * sizes.blocks * sizes.columns * KEYS
-    return pl.CostEstimate(
-        flops=pairs * flops_per_pair,
-        transcendentals=pairs,
-        bytes_accessed=sizes.batch
-        * sizes.blocks
-        * (sizes.columns * 4 * sizes.width + KEYS * 4 * sizes.row_words),
-    )
 
 
 def _forward_kernel(
@@ -134,21 +99,10 @@ def _forward_kernel(
     statistics[0] = jnp.full(statistics.shape[1:], _LOW / 2, jnp.float32)
     statistics[1] = jnp.zeros(statistics.shape[1:], jnp.float32)
 
-    def fetch(first_word, buffer):
-        def copy(key, place):
-            source, target = rows.at[b, pl.ds(key, 1)], gathered.at[buffer, pl.ds(place, 1)]
-            pltpu.make_async_copy(source, target, arrived.at[buffer]).start()
-
-        return for_each_key(union, first_word, copy)
-
-    def attend_tile(state):
-        buffer, count, next_word = state
-        after, next_count = fetch(next_word, 1 - buffer)
-        wait_for_rows(rows.at[b], gathered.at[buffer], arrived.at[buffer], count)
-        unpack(gathered.at[buffer], count, block, sizes, keys, words)
+    def attend_tile(tile, count):
+        unpack(tile, count, block, sizes, keys, words)
         values[...] = keys[:, : sizes.latent].T
         jax.lax.fori_loop(0, chunks, attend_columns, 0)
-        return 1 - buffer, next_count, after
 
     def attend_columns(c, _):
         columns = columns_of(c, sizes)
@@ -171,8 +125,7 @@ def _forward_kernel(
         o[0, columns, :] = (total[:, columns] / jnp.where(seen, sums, 1)).T.astype(o.dtype)
         return 0
 
-    next_word, count = fetch(jnp.int32(0), 0)
-    jax.lax.while_loop(lambda state: state[1] > 0, attend_tile, (jnp.int32(0), count, next_word))
+    over_tiles(Gather(union, rows.at[b], gathered, arrived), attend_tile)
     jax.lax.fori_loop(0, chunks, finish, 0)
 
 
@@ -203,31 +156,28 @@ def _attend_bwd(latent_dim, scale, residuals, gradients):
         functools.partial(_backward_kernel, sizes=sizes, scale=scale),
         grid=(cores, sizes.batch, blocks_of_core),
         in_specs=[
-            _union_spec(sizes, block),
-            _query_spec(sizes, sizes.width, block),
-            _query_spec(sizes, sizes.latent, block),
-            _statistics_spec(sizes, block),
-            _statistics_spec(sizes, block),
+            union_spec(sizes, block),
+            rows_spec(sizes.columns, sizes.width, block),
+            rows_spec(sizes.columns, sizes.latent, block),
+            statistics_spec(1, sizes.columns, block),
+            statistics_spec(1, sizes.columns, block),
             pl.BlockSpec(memory_space=pl.ANY),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
-        out_specs=[_query_spec(sizes, sizes.width, block), pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=[rows_spec(sizes.columns, sizes.width, block), pl.BlockSpec(memory_space=pl.ANY)],
         out_shape=[
             jax.ShapeDtypeStruct(operands.q.shape, operands.q.dtype),
             jax.ShapeDtypeStruct((cores, sizes.batch, sizes.keys, row_width), jnp.float32),
         ],
         scratch_shapes=[
-            *_tile_scratch(sizes),
+            *tile_scratch(sizes),
             pltpu.VMEM((sizes.width, KEYS), operands.q.dtype),
             pltpu.VMEM((sizes.width, sizes.columns), jnp.float32),
-            pltpu.VMEM((KEYS, row_width), jnp.float32),
-            pltpu.VMEM((2, KEYS, row_width), jnp.float32),
-            pltpu.SemaphoreType.DMA((2,)),
-            pltpu.SemaphoreType.DMA((2,)),
+            *Scatter.scratch(row_width),
         ],
         input_output_aliases={6: 1},
-        compiler_params=_compiler_params("parallel", "arbitrary", "arbitrary"),
-        cost_estimate=_cost(sizes, 2 * (3 * sizes.width + 2 * sizes.latent)),
+        compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"),
+        cost_estimate=cost(sizes, 2 * (3 * sizes.width + 2 * sizes.latent)),
         interpret=tpu_interpreter(),
     )(
         operands.union,
@@ -278,41 +228,13 @@ def _backward_kernel(
     core, b = pl.program_id(0), pl.program_id(1)
     block = core * pl.num_programs(2) + pl.program_id(2)
     chunks = sizes.columns // sizes.chunk
-    all_sums = d_rows.at[core, b]
     d_q_t[...] = jnp.zeros_like(d_q_t)
 
-    def fetch(first_word, buffer):
-        def copy(key, place):
-            source, target = rows.at[b, pl.ds(key, 1)], gathered.at[buffer, pl.ds(place, 1)]
-            pltpu.make_async_copy(source, target, arrived.at[buffer]).start()
-            source, target = all_sums.at[pl.ds(key, 1)], sums.at[buffer, pl.ds(place, 1)]
-            pltpu.make_async_copy(source, target, sums_read.at[buffer]).start()
-
-        return for_each_key(union, first_word, copy)
-
-    def write(first_word, buffer):
-        def copy(key, place):
-            source, target = sums.at[buffer, pl.ds(place, 1)], all_sums.at[pl.ds(key, 1)]
-            pltpu.make_async_copy(source, target, sums_written.at[buffer]).start()
-
-        for_each_key(union, first_word, copy)
-
-    def wait_for_writing(buffer, count):
-        wait_for_rows(sums.at[buffer], all_sums, sums_written.at[buffer], count)
-
-    def differentiate_tile(state):
-        buffer, count, first_word, next_word, being_written = state
-        wait_for_writing(1 - buffer, being_written)
-        after, next_count = fetch(next_word, 1 - buffer)
-        wait_for_rows(rows.at[b], gathered.at[buffer], arrived.at[buffer], count)
-        unpack(gathered.at[buffer], count, block, sizes, keys, words)
+    def differentiate_tile(tile, count):
+        unpack(tile, count, block, sizes, keys, words)
         keys_t[...] = keys[...].T
         d_keys[...] = jnp.zeros_like(d_keys)
         jax.lax.fori_loop(0, chunks, differentiate_columns, 0)
-        wait_for_rows(all_sums, sums.at[buffer], sums_read.at[buffer], count)
-        sums[buffer] += d_keys[...]
-        write(first_word, buffer)
-        return 1 - buffer, next_count, next_word, after, count
 
     def differentiate_columns(c, _):
         columns = columns_of(c, sizes)
@@ -332,10 +254,6 @@ def _backward_kernel(
         d_q[0, columns, :] = d_q_t[:, columns].T.astype(d_q.dtype)
         return 0
 
-    none = jnp.int32(0)
-    next_word, count = fetch(none, 0)
-    state = jax.lax.while_loop(
-        lambda state: state[1] > 0, differentiate_tile, (none, count, none, next_word, none)
-    )
-    wait_for_writing(1 - state[0], state[4])
+    scatter = Scatter(d_rows.at[core, b], d_keys, sums, sums_read, sums_written)
+    over_tiles(Gather(union, rows.at[b], gathered, arrived), differentiate_tile, scatter)
     jax.lax.fori_loop(0, chunks, finish, 0)

@@ -10,7 +10,7 @@ keys run over registers and not across lanes, and a key's word, with one bit a q
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.blocks import pad_axis, round_up
-from pallas_kernels.selection import BITS
+from pallas_kernels.selection import BITS, require_mask
 
 LANES = 128
 KEYS = 512  # of a tile
 COLUMNS = 512  # (query, head) pairs that are attended at a time
-VMEM_BYTES = 60 << 20
+Ref = Any  # a piece of some memory, as a kernel sees it
+_VMEM_BYTES = 60 << 20
 
 
 class Sizes(NamedTuple):
@@ -36,6 +37,7 @@ class Sizes(NamedTuple):
     latent: int
     rope: int
     keys: int
+    index_width: int = 0  # of an index key
 
     @property
     def width(self) -> int:
@@ -55,7 +57,7 @@ class Sizes(NamedTuple):
     @property
     def row_words(self) -> int:
         """Of a key in memory."""
-        return round_up(self.latent // 2 + self.rope + self.blocks, LANES)
+        return round_up(self.latent // 2 + self.rope + self.index_width // 2 + self.blocks, LANES)
 
 
 class Operands(NamedTuple):
@@ -67,17 +69,29 @@ class Operands(NamedTuple):
 
 
 def prepare(
-    q: Array, kv: Array, selected: UInt32[Array, "B W S"], latent_dim: int, blocks_multiple: int = 1
+    q: Array,
+    kv: Array,
+    selected: UInt32[Array, "B W S"],
+    latent_dim: int,
+    blocks_multiple: int = 1,
+    index_k: Array | None = None,
 ) -> tuple[Operands, Sizes]:
-    """Pads everything to whole tiles with what nobody selected, and packs the keys."""
+    """Pads everything to whole tiles with what nobody selected, and packs the keys.
+
+    Raises UnsupportedError where the selection is no packed mask.
+    """
+    require_mask("attention over a selection", selected, q.shape[1], kv.shape[1])
     q = pad_queries(pad_features(q, latent_dim).astype(jnp.bfloat16), blocks_multiple)
     kv = pad_features(pad_axis(kv, 1, BITS), latent_dim).astype(jnp.bfloat16)
     latent = round_up(latent_dim, 2 * LANES)
     sizes = Sizes(q.shape[0], q.shape[1] // BITS, q.shape[2], latent, q.shape[3] - latent, kv.shape[1])
+    if index_k is not None:
+        index_k = pad_axis(pad_axis(index_k, 1, BITS), 2, LANES).astype(jnp.bfloat16)
+        sizes = sizes._replace(index_width=index_k.shape[2])
     missing_blocks = sizes.blocks - selected.shape[1]
     selected = pad_axis(jnp.pad(selected, [(0, 0), (0, missing_blocks), (0, 0)]), 2, BITS)
     q = q.reshape(sizes.batch, sizes.blocks * sizes.columns, sizes.width)
-    return Operands(q, _rows(kv, selected, sizes), _union(selected)), sizes
+    return Operands(q, _rows(kv, index_k, selected, sizes), _union(selected)), sizes
 
 
 def pad_queries(x: Float[Array, "B T H ..."], blocks_multiple: int = 1) -> Array:
@@ -91,12 +105,23 @@ def pad_features(x: Array, latent_dim: int) -> Array:
     return jnp.concatenate([pad_axis(c, -1, 2 * LANES), pad_axis(r, -1, LANES // 2)], axis=-1)
 
 
-def _rows(kv: Array, selected: Array, sizes: Sizes) -> Int[Array, "B S Y"]:
-    """Words of each key: latent (its halves paired), rotary part in the upper halves, selection of every block."""
-    halves = jax.lax.bitcast_convert_type(kv, jnp.uint16).astype(jnp.uint32)
-    low, high, rope = jnp.split(halves, [sizes.latent // 2, sizes.latent], axis=-1)
-    words = jnp.concatenate([low | (high << 16), rope << 16, selected.swapaxes(1, 2)], axis=-1)
-    return pad_axis(jax.lax.bitcast_convert_type(words, jnp.int32), 2, LANES)
+def _rows(kv: Array, index_k: Array | None, selected: Array, sizes: Sizes) -> Int[Array, "B S Y"]:
+    """Words of each key: latent, rotary part in the upper halves, index key, selection of every block."""
+    rope = _halves(kv[..., sizes.latent :]) << 16
+    words = [_paired(kv[..., : sizes.latent]), rope, selected.swapaxes(1, 2)]
+    if index_k is not None:
+        words.insert(2, _paired(index_k))
+    return pad_axis(jax.lax.bitcast_convert_type(jnp.concatenate(words, axis=-1), jnp.int32), 2, LANES)
+
+
+def _halves(x: Array) -> UInt32[Array, "B S X"]:
+    return jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+
+
+def _paired(x: Array) -> UInt32[Array, "B S X/2"]:
+    """Each word holds a number of the first half of the features below one of the second."""
+    low, high = jnp.split(_halves(x), 2, axis=-1)
+    return low | (high << 16)
 
 
 def _union(selected: UInt32[Array, "B W S"]) -> Int[Array, "B W 1 S/32"]:
@@ -107,7 +132,104 @@ def _union(selected: UInt32[Array, "B W S"]) -> Int[Array, "B W 1 S/32"]:
     return jax.lax.bitcast_convert_type(bits, jnp.int32)
 
 
-def for_each_key(
+class Gather(NamedTuple):
+    """Rows of the keys of a union, on their way into one of two tiles."""
+
+    union: Ref  # of the block, in scalar memory
+    rows: Ref  # [S, Y] of the sequence
+    tiles: Ref  # [2, KEYS, Y]
+    arrived: Ref  # a semaphore for each
+
+
+class Scatter(NamedTuple):
+    """Sums of all blocks [S, X] that a block adds to, and what it adds for the keys of a tile."""
+
+    sums: Ref
+    added: Ref  # [KEYS, X]
+    tiles: Ref  # [2, KEYS, X]
+    read: Ref
+    written: Ref
+
+    @staticmethod
+    def scratch(width: int) -> list:
+        """All but the sums, as a kernel asks for them."""
+        return [
+            pltpu.VMEM((KEYS, width), jnp.float32),
+            pltpu.VMEM((2, KEYS, width), jnp.float32),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+        ]
+
+    def add(
+        self, union: Ref, first_word: Int[Array, ""], buffer: Int[Array, ""], count: Int[Array, ""]
+    ) -> None:
+        """Adds to a tile of sums and starts to write it back."""
+
+        def write(key, place):
+            _copy(self.tiles.at[buffer], place, self.sums, key, self.written.at[buffer])
+
+        _wait(self.sums, self.tiles.at[buffer], self.read.at[buffer], count)
+        self.tiles[buffer] += self.added[...]
+        _for_each_key(union, first_word, write)
+
+    def wait_for_writing(self, buffer: Int[Array, ""], count: Int[Array, ""]) -> None:
+        """Until the tile may be used again."""
+        _wait(self.tiles.at[buffer], self.sums, self.written.at[buffer], count)
+
+
+def over_tiles(
+    gather: Gather, work: Callable[[Ref, Int[Array, ""]], None], scatter: Scatter | None = None
+) -> None:
+    """``work(tile, count)`` for one tile of the union after another, the next one's rows on their way meanwhile.
+
+    With ``scatter``, what work leaves in ``scatter.added`` is added to the sums of the tile's keys.
+    """
+
+    def fetch(first_word, buffer):
+        def copy(key, place):
+            _copy(gather.rows, key, gather.tiles.at[buffer], place, gather.arrived.at[buffer])
+            if scatter:
+                _copy(scatter.sums, key, scatter.tiles.at[buffer], place, scatter.read.at[buffer])
+
+        return _for_each_key(gather.union, first_word, copy)
+
+    def step(state):
+        buffer, count, first_word, next_word, being_written = state
+        if scatter:
+            scatter.wait_for_writing(1 - buffer, being_written)
+        word_after, next_count = fetch(next_word, 1 - buffer)
+        _wait(gather.rows, gather.tiles.at[buffer], gather.arrived.at[buffer], count)
+        work(gather.tiles.at[buffer], count)
+        if scatter:
+            scatter.add(gather.union, first_word, buffer, count)
+        return 1 - buffer, next_count, next_word, word_after, count
+
+    none = jnp.int32(0)
+    next_word, count = fetch(none, none)
+    start = (none, count, none, next_word, none)
+    state = jax.lax.while_loop(lambda state: state[1] > 0, step, start)
+    if scatter:
+        scatter.wait_for_writing(1 - state[0], state[4])
+
+
+def _copy(source, from_row, target, to_row, semaphore) -> None:
+    pltpu.make_async_copy(source.at[pl.ds(from_row, 1)], target.at[pl.ds(to_row, 1)], semaphore).start()
+
+
+def _wait(source, target, semaphore, count: Int[Array, ""]) -> None:
+    """Until ``count`` copies of rows are done: in as many steps as the number has bits."""
+    size = KEYS
+    while size:
+
+        @pl.when((count & size) != 0)
+        def _(size=size):
+            rows = pl.ds(0, size)
+            pltpu.make_async_copy(source.at[rows], target.at[rows], semaphore).wait()
+
+        size //= 2
+
+
+def _for_each_key(
     union, first_word: Int[Array, ""], visit: Callable[[Array, Array], None]
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """``visit(key, place in the tile)`` for the keys of whole words, as long as a tile has room for one more word.
@@ -133,33 +255,69 @@ def for_each_key(
     return jax.lax.while_loop(has_room, next_word, (first_word, jnp.int32(0)))
 
 
-def wait_for_rows(rows, tile, semaphore, count: Int[Array, ""]) -> None:
-    """Until ``count`` copies of rows are done: in as many steps as the number has bits."""
-    size = KEYS
-    while size:
-
-        @pl.when((count & size) != 0)
-        def _(size=size):
-            pltpu.make_async_copy(rows.at[pl.ds(0, size)], tile.at[pl.ds(0, size)], semaphore).wait()
-
-        size //= 2
-
-
-def unpack(tile, count: Int[Array, ""], block: Int[Array, ""], sizes: Sizes, keys, words) -> None:
-    """The matrix of a tile's keys, and their words; rows behind the last are zero and nobody's."""
+def unpack(
+    tile, count: Int[Array, ""], block: Int[Array, ""], sizes: Sizes, keys, words, index_keys=None
+) -> None:
+    """The matrices of a tile's keys, and their words; rows behind the last are zero and nobody's."""
     filled = jax.lax.broadcasted_iota(jnp.int32, (KEYS, 1), 0) < count
-
-    def upper_half(word):
-        return jax.lax.bitcast_convert_type(word & jnp.int32(-65536), jnp.float32).astype(keys.dtype)
-
     half = sizes.latent // 2
-    pairs = jnp.where(filled, tile[:, :half], 0)
-    keys[:, :half] = upper_half(pairs << 16)
-    keys[:, half : 2 * half] = upper_half(pairs)
+    latents = jnp.where(filled, tile[:, :half], 0)
+    keys[:, :half] = _upper_half(latents << 16)
+    keys[:, half : 2 * half] = _upper_half(latents)
     rest = jnp.where(filled, tile[:, half:], 0)
-    keys[:, 2 * half :] = upper_half(rest[:, : sizes.rope])
+    keys[:, 2 * half :] = _upper_half(rest[:, : sizes.rope])
+    if index_keys is not None:
+        pairs = rest[:, sizes.rope : sizes.rope + sizes.index_width // 2]
+        index_keys[...] = jnp.concatenate([_upper_half(pairs << 16), _upper_half(pairs)], axis=1)
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, rest.shape[1]), 1)
-    words[...] = jnp.sum(jnp.where(lane == sizes.rope + block, rest, 0), axis=1, keepdims=True)
+    own = lane == sizes.rope + sizes.index_width // 2 + block
+    words[...] = jnp.sum(jnp.where(own, rest, 0), axis=1, keepdims=True)
+
+
+def _upper_half(words: Int[Array, "K X"]) -> Float[Array, "K X"]:
+    return jax.lax.bitcast_convert_type(words & jnp.int32(-65536), jnp.float32).astype(jnp.bfloat16)
+
+
+def union_spec(sizes: Sizes, block=lambda b, i: (b, i)) -> pl.BlockSpec:
+    """The union of a block, in scalar memory; ``block`` maps the grid to batch and block."""
+    return pl.BlockSpec(
+        (1, 1, 1, sizes.keys // BITS), lambda *ids: (*block(*ids), 0, 0), memory_space=pltpu.SMEM
+    )
+
+
+def rows_spec(rows: int, width: int, block=lambda b, i: (b, i)) -> pl.BlockSpec:
+    """The rows of a block of queries in an array [B, blocks · rows, width]."""
+    return pl.BlockSpec((1, rows, width), lambda *ids: (*block(*ids), 0))
+
+
+def statistics_spec(rows: int, columns: int, block=lambda b, i: (b, i)) -> pl.BlockSpec:
+    """The statistics of a block in an array [B, blocks, rows, columns]."""
+    return pl.BlockSpec((1, 1, rows, columns), lambda *ids: (*block(*ids), 0, 0))
+
+
+def tile_scratch(sizes: Sizes) -> list:
+    """Two tiles as they arrive, the keys of one, and their words."""
+    return [
+        pltpu.VMEM((2, KEYS, sizes.row_words), jnp.int32),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.VMEM((KEYS, sizes.width), jnp.bfloat16),
+        pltpu.VMEM((KEYS, 1), jnp.int32),
+    ]
+
+
+def compiler_params(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
+    """Copies of rows are within bounds by construction: checking each would double its cost."""
+    return pltpu.CompilerParams(
+        dimension_semantics=semantics, vmem_limit_bytes=_VMEM_BYTES, disable_bounds_checks=True
+    )
+
+
+def cost(sizes: Sizes, flops_per_pair: int) -> pl.CostEstimate:
+    """As if every block's union were a tile: the selection is not known when the program is made."""
+    blocks = sizes.batch * sizes.blocks
+    pairs = blocks * sizes.columns * KEYS
+    memory = blocks * 4 * (sizes.columns * sizes.width + KEYS * sizes.row_words)
+    return pl.CostEstimate(flops=pairs * flops_per_pair, transcendentals=pairs, bytes_accessed=memory)
 
 
 def columns_of(chunk: Int[Array, ""], sizes: Sizes):

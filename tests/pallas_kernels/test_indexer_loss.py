@@ -1,5 +1,7 @@
 """The indexer's loss in both forms: ``KL(p ‖ softmax(I))`` on the attended set, its gradient ``softmax(I) - p``."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,9 +31,11 @@ def index_of(scores):
 class Case:
     """The same attention in both forms: heads share one key row; a row without keys, one with a single key."""
 
-    def __init__(self, size: float):
-        self.scores = jnp.asarray(size * normal(0, B, T, S))
-        self.q, self.kv = 1.5 * normal(1, B, T, H, C + R), normal(2, B, S, C + R)
+    def __init__(self, size: float, dtype=jnp.float32):
+        self.scores = jnp.asarray(size * normal(0, B, T, S), dtype)
+        self.q = jnp.asarray(1.5 * normal(1, B, T, H, C + R), dtype)
+        self.kv = jnp.asarray(normal(2, B, S, C + R), dtype)
+        self.cotangent = normal(4, B, T)
         random = np.random.RandomState(3)
         keys = np.stack([np.sort(random.permutation(S)[:K]) for _ in range(B * T)]).reshape(B, T, K)
         keys[random.uniform(size=keys.shape) < 0.2] = -1
@@ -42,18 +46,23 @@ class Case:
         np.put_along_axis(self.mask, keys, True, axis=-1)
         self.mask = self.mask[..., :S]
 
-    def dense(self, scores, q, kv):
+    def dense(self, scores, q, kv, implementation: str = "reference"):
         q, k = q.swapaxes(1, 2), jnp.broadcast_to(kv[:, None], (B, H, S, C + R))
-        attended = everyone(B, T, S), packed(self.mask)
-        _, lse = dense_mla(q, k, k, *attended, scale=SCALE)
-        return dense_indexer_loss(scores, q, k, lse, *attended, scale=SCALE)
+        attended, how = (
+            (everyone(B, T, S), packed(self.mask)),
+            {"implementation": implementation, "scale": SCALE},
+        )
+        _, lse = dense_mla(q, k, k, *attended, **how)
+        return dense_indexer_loss(scores, q, k, lse, *attended, **how)
 
-    def sparse(self, scores, q, kv):
-        _, lse = sparse_mla(q, kv, self.indices, latent_dim=C, scale=SCALE)
-        return sparse_indexer_loss(*index_of(scores), q, kv, lse, self.indices, scale=SCALE)
+    def sparse(self, scores, q, kv, implementation: str = "reference"):
+        selection = packed(self.mask) if implementation == "tpu" else self.indices
+        how = {"implementation": implementation, "scale": SCALE}
+        _, lse = sparse_mla(q, kv, selection, latent_dim=C, **how)
+        return sparse_indexer_loss(*index_of(scores), q, kv, lse, selection, **how)
 
     def by_formula(self) -> tuple[np.ndarray, np.ndarray]:
-        """KL [B, T] and its gradient with respect to the scores [B, T, S]."""
+        """KL [B, T] and its gradient with respect to the scores [B, T, S], each row times its cotangent."""
         kl, gradient = np.zeros((B, T)), np.zeros((B, T, S))
         scores, q, kv = (np.asarray(x, np.float64) for x in (self.scores, self.q, self.kv))
         for b, t in np.ndindex(B, T):
@@ -62,8 +71,23 @@ class Case:
                 p = softmax(SCALE * q[b, t] @ kv[b, keys].T).mean(0)
                 predicted = softmax(scores[b, t, keys])
                 kl[b, t] = np.sum(p * np.log(p / predicted))
-                gradient[b, t, keys] = predicted - p
+                gradient[b, t, keys] = (predicted - p) * self.cotangent[b, t]
         return kl, gradient
+
+    def check(self, form: str, implementation: str, tolerance: float, gradient_tolerance: float) -> None:
+        loss = functools.partial(getattr(self, form), implementation=implementation)
+        kl = quick_jit(loss)(self.scores, self.q, self.kv)
+        expected, expected_gradient = self.by_formula()
+        assert (kl.dtype, kl.shape) == (jnp.float32, (B, T))
+        assert relative(kl, expected) < tolerance
+        assert kl[0, 5] == 0
+        assert abs(kl[1, 7]) < 1e-6
+        total = quick_jit(jax.grad(lambda *a: jnp.sum(loss(*a) * self.cotangent), argnums=(0, 1, 2)))
+        d_scores, d_q, d_kv = total(self.scores, self.q, self.kv)
+        assert relative(d_scores, expected_gradient) < gradient_tolerance
+        assert not np.any(np.asarray(d_scores)[~self.mask])
+        assert not np.any(d_q)
+        assert not np.any(d_kv)
 
 
 @pytest.fixture(scope="module", params=[1.0, 20.0], ids=["flat", "peaked"])
@@ -73,19 +97,53 @@ def case(request):
 
 @pytest.mark.parametrize("form", ["dense", "sparse"])
 def test_loss_and_gradient(case, form):
-    loss = getattr(case, form)
-    kl = quick_jit(loss)(case.scores, case.q, case.kv)
-    expected, expected_gradient = case.by_formula()
-    assert (kl.dtype, kl.shape) == (jnp.float32, (B, T))
-    assert relative(kl, expected) < 1e-5
-    assert kl[0, 5] == 0
-    assert abs(kl[1, 7]) < 1e-6
-    total = quick_jit(jax.grad(lambda *a: jnp.sum(loss(*a)), argnums=(0, 1, 2)))
-    d_scores, d_q, d_kv = total(case.scores, jnp.asarray(case.q), jnp.asarray(case.kv))
-    assert relative(d_scores, expected_gradient) < 1e-5
-    assert not np.any(np.asarray(d_scores)[~case.mask])
-    assert not np.any(d_q)
-    assert not np.any(d_kv)
+    case.check(form, "reference", 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
+@pytest.mark.parametrize("size", [1.0, 20.0], ids=["flat", "peaked"])
+def test_bfloat16(implementation, size):
+    """What every backend promises, against the formula on the same rounded inputs."""
+    Case(size, jnp.bfloat16).check("sparse", implementation, 1e-4, 1e-2)
+
+
+@pytest.mark.parametrize("implementation", ["tpu, races looked for"], indirect=True)
+def test_copies_are_waited_for(implementation):
+    Case(1.0, jnp.bfloat16).check("sparse", implementation, 1e-4, 1e-2)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
+@pytest.mark.parametrize("queries", [1, 40])
+def test_index_heads_of_both_signs(implementation, queries):
+    """Many heads, two blocks of queries, gradients to queries, keys and weights against the reference's in float32."""
+    heads, keys = 6, 70
+    mask = np.random.RandomState(5).uniform(size=(1, queries, keys)) < 0.4
+    indices = np.where(mask, np.arange(keys), -1).astype(np.int32)
+    shapes = [
+        (1, queries, heads, 16),
+        (1, keys, 16),
+        (1, queries, heads),
+        (1, queries, H, C + R),
+        (1, keys, C + R),
+    ]
+    arrays = [jnp.asarray(normal(10 + i, *shape), jnp.bfloat16) for i, shape in enumerate(shapes)]
+    arrays[2] = arrays[2].astype(jnp.float32)
+    exact = [x.astype(jnp.float32) for x in arrays]
+    lse = sparse_mla(*exact[3:], indices, latent_dim=C, scale=SCALE, implementation="reference")[1]
+
+    def gradients(implementation, selection, arrays):
+        def total(*index):
+            kl = sparse_indexer_loss(
+                *index, *arrays[3:], lse, selection, scale=SCALE, implementation=implementation
+            )
+            return jnp.sum(kl * np.arange(1, queries + 1))
+
+        return quick_jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays[:3])
+
+    found = gradients(implementation, packed(mask) if implementation == "tpu" else indices, arrays)
+    for gradient, expected, array in zip(found, gradients("reference", indices, exact), arrays, strict=False):
+        assert gradient.dtype == array.dtype
+        assert relative(gradient, expected) < 1e-2
 
 
 def test_scores_that_are_not_attended_to_do_not_matter(case):

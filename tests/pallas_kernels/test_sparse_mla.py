@@ -7,6 +7,7 @@ import pytest
 from numerics import assert_gradients, cosine_difference, normal, quick_jit, relative
 from visible import packed
 
+from pallas_kernels.platform import UnsupportedError, interpreted
 from pallas_kernels.sparse_mla.api import sparse_mla
 
 SCALE = 0.2  # not a power of two, in tests as in models: a query multiplied by it must not be rounded
@@ -202,3 +203,17 @@ def test_float32_gradients():
     case.mask[..., 0] = False
     d_kv = case.run_backward("reference")[1]
     assert not np.any(np.asarray(d_kv)[:, 0])
+
+
+def test_a_selection_in_the_other_form_is_refused():
+    case = CASES["one query"](dtype=jnp.bfloat16)
+    options = {"latent_dim": case.latent, "scale": SCALE}
+    with pytest.raises(UnsupportedError, match=r"sparse_mla.*list of int32.*given uint32\[2, 1, 50\]"):
+        sparse_mla(case.q, case.kv, packed(case.mask), **options)
+    with interpreted("tpu"):
+        with pytest.raises(UnsupportedError, match=r"packed mask, uint32\[B, 1, 50\].*given int32\[2, 1, "):
+            sparse_mla(case.q, case.kv, case.selection("reference"), **options)
+        with pytest.raises(
+            UnsupportedError, match=r"packed mask, uint32\[B, 1, 50\].*given uint32\[2, 1, 32\]"
+        ):
+            sparse_mla(case.q, case.kv, packed(case.mask)[..., :32], **options)
