@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, UInt32
 
-from pallas_kernels.dense_mla import reference
+from pallas_kernels.dense_mla import reference, tpu
 from pallas_kernels.platform import choose
 from pallas_kernels.visibility import Visibility
 
@@ -26,5 +26,6 @@ def dense_mla(
 
     Source: V2 report §2.1 (MHA form of MLA).
     """
-    chosen = choose("dense_mla", implementation, {"reference": reference.dense_mla})
+    available = {"reference": reference.dense_mla, "tpu": tpu.dense_mla}
+    chosen = choose("dense_mla", implementation, available)
     return chosen(q, k, v, visibility, selected, scale=scale)

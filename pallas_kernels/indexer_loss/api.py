@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels.indexer_loss import reference, tpu
+from pallas_kernels.indexer_loss import reference, tpu, tpu_dense
 from pallas_kernels.platform import choose
 from pallas_kernels.visibility import Visibility
 
@@ -26,7 +26,7 @@ def dense_indexer_loss(
 
     Source: V3.2-Exp report eq. 3 and 4.
     """
-    available = {"reference": reference.dense_indexer_loss}
+    available = {"reference": reference.dense_indexer_loss, "tpu": tpu_dense.dense_indexer_loss}
     return choose("dense_indexer_loss", implementation, available)(
         scores, q, k, lse, visibility, selected, scale=scale
     )

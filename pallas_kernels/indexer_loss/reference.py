@@ -21,7 +21,7 @@ def _mean_over_heads(scores: Array, lse: Array, *, head_axis: int) -> Array:
     return jax.lax.stop_gradient(jnp.mean(exp_minus(scores, lse), axis=head_axis))
 
 
-def _kl_rows(p: Float[Array, "B T S"], scores: Float[Array, "B T S"], mask: Bool[Array, "B T S"]):
+def kl_rows(p: Float[Array, "B T S"], scores: Float[Array, "B T S"], mask: Bool[Array, "B T S"]):
     """``Σ_s p (log p - log softmax(scores))`` over the masked keys of each row."""
     lowest = jnp.finfo(jnp.float32).min
     log_q = jax.nn.log_softmax(jnp.where(mask, scores, lowest), axis=-1)
@@ -42,7 +42,7 @@ def dense_indexer_loss(
     """See ``api.dense_indexer_loss``."""
     mask = attended(visibility, selected)
     p = _mean_over_heads(masked_scores(q, k, mask, scale), lse, head_axis=1)
-    return _kl_rows(p, scores, mask)
+    return kl_rows(p, scores, mask)
 
 
 def sparse_indexer_loss(
@@ -61,4 +61,4 @@ def sparse_indexer_loss(
     attention = selected_scores(q, gather_rows(kv, indices), indices, scale)
     p = _mean_over_heads(attention, lse, head_axis=2)
     scores = listed_index_scores(index_q, gather_rows(index_k, indices), index_w)
-    return _kl_rows(p, scores, indices >= 0)
+    return kl_rows(p, scores, indices >= 0)

@@ -1,4 +1,4 @@
-"""The indexer's loss on TPU, over the union of what 32 neighbouring queries selected (``sparse_mla.union``).
+"""The indexer's loss of sparse training on TPU, over the union of what 32 queries selected (``sparse_mla.union``).
 
 Forward: one pass over the tiles of the union, summing for each query what its divergence is made of: ``Σ p log p``,
 ``Σ p I``, ``Σ p`` and the log-sum-exp of ``I``. Backward: one pass with ``dI = Σp · softmax(I) - p``; the gradient of
@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels.blocks import pad_axis
+from pallas_kernels.pairs import product
 from pallas_kernels.platform import tpu_cores, tpu_interpreter
 from pallas_kernels.selection import BITS
 from pallas_kernels.sparse_mla.union import (
@@ -32,7 +33,6 @@ from pallas_kernels.sparse_mla.union import (
     over_tiles,
     pad_queries,
     prepare,
-    product,
     rows_spec,
     statistics_spec,
     tile_scratch,

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels.blocks import pad_axis, round_up
+from pallas_kernels.pairs import product
 from pallas_kernels.platform import tpu_cores, tpu_interpreter
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.sparse_mla.union import (
@@ -31,7 +32,6 @@ from pallas_kernels.sparse_mla.union import (
     over_tiles,
     pad_queries,
     prepare,
-    product,
     rows_spec,
     statistics_spec,
     tile_scratch,

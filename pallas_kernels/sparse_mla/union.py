@@ -329,9 +329,3 @@ def is_member(words, chunk: Int[Array, ""], sizes: Sizes) -> Bool[Array, "K N"]:
     """Which of the tile's keys each (query, head) of a chunk selected: the query's bit of the key's word."""
     column = chunk * sizes.chunk + jax.lax.broadcasted_iota(jnp.int32, (1, sizes.chunk), 1)
     return (words[...] & (1 << column // sizes.heads)) != 0
-
-
-def product(a: Array, b: Array, contract_a: int, contract_b: int) -> Float[Array, "M N"]:
-    """A matrix product with float32 accumulation."""
-    dimensions = (((contract_a,), (contract_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

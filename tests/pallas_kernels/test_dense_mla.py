@@ -5,105 +5,142 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import assert_gradients, cosine_difference, normal, quick_jit, relative
-from visible import everyone, packed
+from visible import documents, everyone, packed, softmax
 
 from pallas_kernels.dense_mla.api import dense_mla
+from pallas_kernels.platform import UnsupportedError, interpreted
 
-B, H, T, S, Q, V = 2, 3, 37, 53, 24, 16
-SCALE = 0.3
-EVERYONE = everyone(B, T, S)
-attend = quick_jit(dense_mla, static_argnames="scale")
-
-
-def inputs(dtype=jnp.float32, size: float = 1.0):
-    q, k, v = size * normal(0, B, H, T, Q), normal(1, B, H, S, Q), normal(2, B, H, S, V)
-    return [jnp.asarray(x, dtype) for x in (q, k, v)]
+SCALE = 0.3  # not a power of two, in tests as in models: a query multiplied by it must not be rounded
+HEADS = 3
+attend = quick_jit(dense_mla, static_argnames=("scale", "implementation"))
+on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
 
 
-def random_mask() -> np.ndarray:
-    """A row without keys and a row with one among rows with about a third."""
-    mask = np.random.RandomState(3).uniform(size=(B, T, S)) < 0.3
-    mask[0, 5] = False
-    mask[1, 7] = np.arange(S) == 11
-    return mask
+class Case:
+    """Queries, keys, values and who attends to whom: by the limits alone, or by a selection."""
+
+    def __init__(self, visibility, mask=None, dtype=jnp.float32, size: float = 1.0, widths=(24, 16)):
+        self.limits = (visibility,) if mask is None else (visibility, packed(mask))
+        self.mask = np.asarray(visibility.mask()) if mask is None else mask
+        batch, queries, keys = self.mask.shape
+        q = size * normal(0, batch, HEADS, queries, widths[0])
+        k, v = normal(1, batch, HEADS, keys, widths[0]), normal(2, batch, HEADS, keys, widths[1])
+        self.arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
+        self.of_o, self.of_lse = normal(4, batch, HEADS, queries, widths[1]), normal(5, batch, HEADS, queries)
+
+    def exact(self) -> list[np.ndarray]:
+        return [np.asarray(x, np.float64) for x in self.arrays]
+
+    def forward(self, q, k, v) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """o, lse and the probabilities, in float64."""
+        scores = SCALE * q @ k.swapaxes(2, 3)
+        p, lse = softmax(np.where(self.mask[:, None], scores, -np.inf))
+        return p @ v, lse, p
+
+    def total(self, q, k, v) -> float:
+        """What is differentiated."""
+        o, lse, _ = self.forward(q, k, v)
+        return np.sum(o * self.of_o) + np.sum(np.where(np.isfinite(lse), lse, 0) * self.of_lse)
+
+    def gradients(self, q, k, v) -> tuple[np.ndarray, ...]:
+        """Of the total, from the derivative of a softmax."""
+        o, _, p = self.forward(q, k, v)
+        d_p = self.of_o @ v.swapaxes(2, 3)
+        d_scores = SCALE * p * (d_p - np.sum(o * self.of_o, -1)[..., None] + self.of_lse[..., None])
+        return d_scores @ k, d_scores.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ self.of_o
+
+    def run(self, implementation: str):
+        return attend(*self.arrays, *self.limits, scale=SCALE, implementation=implementation)
+
+    def run_backward(self, implementation: str):
+        seen = self.mask.any(-1)[:, None]
+
+        def total(q, k, v):
+            o, lse = dense_mla(q, k, v, *self.limits, scale=SCALE, implementation=implementation)
+            return jnp.sum(o * self.of_o) + jnp.sum(jnp.where(seen, lse, 0) * self.of_lse)
+
+        return quick_jit(jax.grad(total, argnums=(0, 1, 2)))(*self.arrays)
 
 
-def by_formula(q, k, v, mask) -> tuple[np.ndarray, np.ndarray]:
-    o, lse = np.zeros((B, H, T, V)), np.full((B, H, T), -np.inf)
-    for b, h, t in np.ndindex(B, H, T):
-        keys = np.flatnonzero(mask[b, t])
-        if keys.size:
-            scores = SCALE * k[b, h, keys] @ q[b, h, t]
-            highest = scores.max()
-            weights = np.exp(scores - highest)
-            lse[b, h, t] = np.log(weights.sum()) + highest
-            o[b, h, t] = weights / weights.sum() @ v[b, h, keys]
-    return o, lse
+def selected(batch: int, queries: int, keys: int, **how) -> Case:
+    """About a third of the keys; a row without any and one with a single one."""
+    mask = np.random.RandomState(3).uniform(size=(batch, queries, keys)) < 0.3
+    if queries > 7:
+        mask[0, 5] = False
+        mask[-1, 7] = np.arange(keys) == 11
+    return Case(everyone(batch, queries, keys), mask, **how)
 
 
-def float64(arrays) -> list[np.ndarray]:
-    return [np.asarray(x, np.float64) for x in arrays]
+CASES = {
+    "a selection": lambda **how: selected(2, 37, 53, **how),
+    "a selection of several tiles": lambda **how: selected(1, 300, 1100, **how),
+    "documents": lambda **how: Case(documents(2, 290, 1100), **how),
+    "one query": lambda **how: Case(documents(2, 1, 90), **how),
+    "equal scores": lambda **how: selected(2, 40, 60, size=0.0, **how),
+    "released widths, 8192 keys": lambda **how: Case(documents(1, 20, 8192), widths=(192, 128), **how),
+}
 
 
+@on_every_platform
 @pytest.mark.parametrize("size", [1.0, 300.0])
-def test_float32(size):
+def test_float32(implementation, size):
     """Also where scores reach thousands, whose exponentials no float holds."""
-    arrays, mask = inputs(size=size), random_mask()
-    o, lse = attend(*arrays, EVERYONE, packed(mask), scale=SCALE)
-    expected_o, expected_lse = by_formula(*float64(arrays), mask)
+    case = CASES["a selection"](size=size)
+    o, lse = case.run(implementation)
+    expected_o, expected_lse, _ = case.forward(*case.exact())
     assert (o.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     # Scores of size n are right to n units in the last place, and so is what follows from them.
     assert relative(o, expected_o) < 1e-6 * max(1, size / 10)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=1e-6)
-    assert np.array_equal(np.isneginf(lse), np.isneginf(expected_lse))
     assert not np.any(np.asarray(o)[0, :, 5])
 
 
-def test_bfloat16_output():
-    """What every backend promises in bfloat16, against the formula on the same rounded inputs."""
-    arrays, mask = inputs(jnp.bfloat16), random_mask()
-    o, lse = attend(*arrays, EVERYONE, packed(mask), scale=SCALE)
-    expected, _ = by_formula(*float64(arrays), mask)
+@on_every_platform
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16(implementation, name):
+    """What every backend promises: products are exact in float32, so the log-sum-exp is that of the same inputs."""
+    case = CASES[name](dtype=jnp.bfloat16)
+    o, lse = case.run(implementation)
+    expected, expected_lse, _ = case.forward(*case.exact())
     assert (o.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
+    assert relative(o, expected) < 5e-3
     assert cosine_difference(o, expected) < 7e-6
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=2e-6)
 
 
-def test_bfloat16_log_sum_exp():
-    """And of the log-sum-exp: products of bfloat16 numbers are exact in float32, and nothing else is rounded to less.
+@on_every_platform
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_gradients(implementation, name):
+    case = CASES[name](dtype=jnp.bfloat16)
+    found = case.run_backward(implementation)
+    for gradient, expected, array in zip(found, case.gradients(*case.exact()), case.arrays, strict=True):
+        assert gradient.dtype == array.dtype
+        error = np.asarray(gradient, np.float64) - expected  # both may be zero
+        assert np.linalg.norm(error) <= 1e-2 * np.linalg.norm(expected)
 
-    The softmax scale is not a power of two, in tests as in models: a query multiplied by it must not be rounded.
-    """
-    arrays, mask = inputs(jnp.bfloat16), random_mask()
-    _, lse = attend(*arrays, EVERYONE, packed(mask), scale=SCALE)
-    _, expected = by_formula(*float64(arrays), mask)
-    np.testing.assert_allclose(lse, expected, rtol=0, atol=2e-6)
 
-
-def test_gradients():
-    arrays, mask = inputs(), random_mask()
-    of_o, of_lse = normal(4, B, H, T, V), normal(5, B, H, T)
-
-    def total(q, k, v):
-        o, lse = dense_mla(q, k, v, EVERYONE, packed(mask), scale=SCALE)
-        return jnp.sum(o * of_o) + jnp.sum(jnp.where(mask.any(-1)[:, None], lse, 0) * of_lse)
-
-    def total_by_formula(q, k, v):
-        o, lse = by_formula(q, k, v, mask)
-        return np.sum(o * of_o) + np.sum(np.where(np.isfinite(lse), lse, 0) * of_lse)
-
-    gradients = quick_jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays)
-    assert_gradients(gradients, total_by_formula, arrays)
+@on_every_platform
+def test_gradients(implementation):
+    case = CASES["a selection"]()
+    gradients = case.run_backward(implementation)
+    assert_gradients(gradients, case.total, case.arrays)
+    assert_gradients(case.gradients(*case.exact()), case.total, case.arrays)
     assert not np.any(np.asarray(gradients[0])[0, :, 5])
 
 
-def test_gradients_where_no_query_sees_anything():
-    arrays, mask = inputs(), np.zeros((B, T, S), bool)
-
-    def total(q, k, v):
-        o, lse = dense_mla(q, k, v, EVERYONE, packed(mask), scale=SCALE)
-        return jnp.sum(o) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0))
-
-    o, lse = attend(*arrays, EVERYONE, packed(mask), scale=SCALE)
+@on_every_platform
+def test_no_query_sees_anything(implementation):
+    case = Case(everyone(2, 37, 53), np.zeros((2, 37, 53), bool))
+    o, lse = case.run(implementation)
     assert not np.any(o)
     assert np.all(np.isneginf(lse))
-    assert all(np.all(np.asarray(g) == 0) for g in quick_jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays))
+    assert all(np.all(np.asarray(g) == 0) for g in case.run_backward(implementation))
+
+
+def test_a_mask_of_another_size_is_refused():
+    case = CASES["a selection"]()
+    with (
+        interpreted("tpu"),
+        pytest.raises(UnsupportedError, match=r"packed mask, uint32\[B, 2, 53\].*\[2, 1, 53\]"),
+    ):
+        dense_mla(*case.arrays, case.limits[0], case.limits[1][:, :1], scale=SCALE)

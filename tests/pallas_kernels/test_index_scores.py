@@ -7,22 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import assert_gradients, normal, quick_jit, relative
-from visible import everyone
+from visible import documents, everyone
 
 from pallas_kernels.indexer.api import index_scores
-from pallas_kernels.visibility import Visibility
 
 scores_of = quick_jit(index_scores, static_argnames="implementation")
 on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
-
-
-def documents(batch: int, queries: int, keys: int) -> Visibility:
-    """The last queries of packed documents that end off any block, with padding at the end of the second row."""
-    segment = 1 + np.searchsorted([keys // 5, keys // 2, keys // 2 + 7], np.arange(keys), side="right")
-    segments = np.broadcast_to(segment, (batch, keys)).astype(np.int32).copy()
-    segments[1, -keys // 4 :] = 0
-    index = np.broadcast_to(np.arange(keys - queries, keys, dtype=np.int32), (batch, queries))
-    return Visibility(index, segments[:, -queries:], segments)
 
 
 class Case:

@@ -5,22 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import assert_gradients, cosine_difference, normal, quick_jit, relative
-from visible import packed
+from visible import packed, softmax
 
 from pallas_kernels.platform import UnsupportedError, interpreted
 from pallas_kernels.sparse_mla.api import sparse_mla
 
 SCALE = 0.2  # not a power of two, in tests as in models: a query multiplied by it must not be rounded
 attend = quick_jit(sparse_mla, static_argnames=("latent_dim", "scale", "implementation"))
-
-
-def softmax(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Along the last axis, of scores that may all be -inf; and the log-sum-exp."""
-    highest = scores.max(-1, keepdims=True)
-    exponentials = np.exp(scores - np.where(np.isfinite(highest), highest, 0))
-    total = exponentials.sum(-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        return exponentials / np.where(total > 0, total, 1), (np.log(total) + highest)[..., 0]
 
 
 class Case:
