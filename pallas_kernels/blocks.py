@@ -1,8 +1,8 @@
 """Arrays cut into the blocks that kernels read: padding, and which pairs of blocks there is anything to do for."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
+from pallas_kernels.shapes import Array, Int
 from pallas_kernels.visibility import Visibility
 
 _NONE = jnp.iinfo(jnp.int32)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool
 
 from pallas_kernels.blocks import live_blocks
 from pallas_kernels.platform import tpu_interpreter
+from pallas_kernels.shapes import Array, Bool
 from pallas_kernels.visibility import Visibility
 
 _VMEM_BYTES = 56 << 20
@@ -43,6 +43,7 @@ def over_pairs(
     visibility: Visibility,
     tile: tuple[int, int],
     *,
+    name: str,
     heads: int = 1,
     inner: Literal["key", "query", "head"] = "key",
     scratch: tuple = (),
@@ -114,6 +115,7 @@ def over_pairs(
             vmem_limit_bytes=_VMEM_BYTES,
         ),
         cost_estimate=cost,
+        name=name,
         interpret=tpu_interpreter(),
     )(live_blocks(visibility, queries, keys).reshape(-1), *(operand.array for operand in operands))
 

@@ -9,9 +9,9 @@ masked attention everywhere.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, UInt32
 
 from pallas_kernels.platform import UnsupportedError
+from pallas_kernels.shapes import Array, Bool, UInt32
 
 BITS = 32  # queries a word
 

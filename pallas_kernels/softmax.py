@@ -1,7 +1,8 @@
 """Softmax over scores that may all be masked."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+
+from pallas_kernels.shapes import Array, Float
 
 
 def sum_exp(

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+
+from pallas_kernels.shapes import Array, Bool, Int
 
 
 class Visibility(NamedTuple):

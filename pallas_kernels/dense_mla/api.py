@@ -1,9 +1,8 @@
 """Masked multi-head attention."""
 
-from jaxtyping import Array, Float, UInt32
-
 from pallas_kernels.dense_mla import reference, tpu
 from pallas_kernels.platform import choose
+from pallas_kernels.shapes import Array, Float, UInt32
 from pallas_kernels.visibility import Visibility
 
 

@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, UInt32
 
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import unpack_mask
+from pallas_kernels.shapes import Array, Bool, Float, UInt32
 from pallas_kernels.softmax import exp_minus, sum_exp
 from pallas_kernels.visibility import Visibility
 

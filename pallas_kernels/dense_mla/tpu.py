@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, UInt32
 
 from pallas_kernels.blocks import pad_axis, pad_visibility, round_up
 from pallas_kernels.pairs import Operand, Pair, over_pairs, product
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import BITS, require_mask
+from pallas_kernels.shapes import Array, Bool, Float, UInt32
 from pallas_kernels.visibility import Visibility
 
 _LANES = 128
@@ -120,8 +120,7 @@ def tile_mask(pair: Pair, selected) -> Bool[Array, "Q K"]:
 def _pad(q, k, v, visibility: Visibility, selected) -> _Padded:
     tile = min(_TILE[0], round_up(q.shape[2], BITS)), min(_TILE[1], round_up(k.shape[2], _LANES))
     selected = pad_selected(selected, q, k, tile)
-    q, k = (pad_axis(pad_axis(x, 2, size), 3, _LANES) for x, size in zip((q, k), tile, strict=True))
-    v = pad_axis(pad_axis(v, 2, tile[1]), 3, _LANES)
+    q, k, v = pad_axis(q, 2, tile[0]), pad_axis(k, 2, tile[1]), pad_axis(v, 2, tile[1])
     return _Padded(q, k, v, pad_visibility(visibility, *tile), selected, tile)
 
 
@@ -137,11 +136,12 @@ def _forward(q, k, v, visibility, selected, scale):
         [padded.of_queries(o), padded.statistics(lse)],
         padded.visibility,
         padded.tile,
+        name="dense_mla",
         heads=heads,
         scratch=(column, column, pltpu.VMEM((padded.tile[0], padded.v.shape[3]), jnp.float32)),
         cost=padded.cost(padded.q.shape[3] + padded.v.shape[3]),
     )
-    return o[:, :, : q.shape[2], : v.shape[3]], lse[:, :, 0, : q.shape[2]]
+    return o[:, :, : q.shape[2]], lse[:, :, 0, : q.shape[2]]
 
 
 def _forward_kernel(pair: Pair, *refs, scale: float):
@@ -188,20 +188,25 @@ def _attend_bwd(scale, residuals, gradients):
     padded = _pad(q, k, v, visibility, selected)
     delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
     lse = jnp.where(jnp.isfinite(lse), lse * _LOG2_E, 0)
-    d_o = pad_axis(pad_axis(d_o.astype(v.dtype), 2, padded.tile[0]), 3, _LANES)
+    d_o = pad_axis(d_o.astype(v.dtype), 2, padded.tile[0])
     statistics = [padded.statistics(pad_axis(x[:, :, None], 3, padded.tile[0])) for x in (lse, delta)]
     inputs = [*padded.inputs(), padded.of_queries(d_o), *statistics]
 
     def like(x):
-        return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-    heads, (qk, vo) = q.shape[1], (padded.q.shape[3], padded.v.shape[3])
-    how = {"visibility": padded.visibility, "tile": padded.tile, "heads": heads}
+    qk, vo = q.shape[3], v.shape[3]
+    sums_of_queries, *sums_of_keys = (
+        pltpu.VMEM((padded.tile[axis], width), jnp.float32) for axis, width in ((0, qk), (1, qk), (1, vo))
+    )
+    how = {"visibility": padded.visibility, "tile": padded.tile, "heads": q.shape[1]}
     (d_q,) = over_pairs(
         functools.partial(_query_gradient_kernel, scale=scale),
         inputs,
         [padded.of_queries(like(padded.q))],
         **how,
+        name="dense_mla_dq",
+        scratch=(sums_of_queries,),
         cost=padded.cost(2 * qk + vo),
     )
     d_k, d_v = over_pairs(
@@ -209,12 +214,12 @@ def _attend_bwd(scale, residuals, gradients):
         inputs,
         [padded.of_keys(like(padded.k)), padded.of_keys(like(padded.v))],
         **how,
+        name="dense_mla_dkv",
         inner="query",
+        scratch=tuple(sums_of_keys),
         cost=padded.cost(2 * qk + 2 * vo),
     )
-    gradients = (
-        d[:, :, : x.shape[2], : x.shape[3]].astype(x.dtype) for d, x in ((d_q, q), (d_k, k), (d_v, v))
-    )
+    gradients = (d[:, :, : x.shape[2]] for d, x in ((d_q, q), (d_k, k), (d_v, v)))
     return *gradients, None, None
 
 
@@ -231,30 +236,39 @@ def _probabilities(pair: Pair, refs, scale: float) -> tuple[Float[Array, "Q K"],
 
 
 def _query_gradient_kernel(pair: Pair, *refs, scale: float):
-    *inputs, d_q = refs
+    *inputs, d_q, sums = refs
     k = inputs[-5]
 
     @pl.when(pair.first)
     def _():
-        d_q[...] = jnp.zeros_like(d_q)
+        sums[...] = jnp.zeros_like(sums)
 
     @pl.when(pair.live)
     def _():
         _, d_scores = _probabilities(pair, inputs, scale)
-        d_q[0, 0] += product(d_scores.astype(k.dtype), k[0, 0], 1, 0)
+        sums[...] += product(d_scores.astype(k.dtype), k[0, 0], 1, 0)
+
+    @pl.when(pair.last)
+    def _():
+        d_q[0, 0] = sums[...].astype(d_q.dtype)
 
 
 def _key_gradients_kernel(pair: Pair, *refs, scale: float):
-    *inputs, d_k, d_v = refs
+    *inputs, d_k, d_v, k_sums, v_sums = refs
     q, d_o = inputs[-6], inputs[-3]
 
     @pl.when(pair.first)
     def _():
-        d_k[...] = jnp.zeros_like(d_k)
-        d_v[...] = jnp.zeros_like(d_v)
+        k_sums[...] = jnp.zeros_like(k_sums)
+        v_sums[...] = jnp.zeros_like(v_sums)
 
     @pl.when(pair.live)
     def _():
         p, d_scores = _probabilities(pair, inputs, scale)
-        d_k[0, 0] += product(d_scores.astype(q.dtype), q[0, 0], 0, 0)
-        d_v[0, 0] += product(p.astype(d_o.dtype), d_o[0, 0], 0, 0)
+        k_sums[...] += product(d_scores.astype(q.dtype), q[0, 0], 0, 0)
+        v_sums[...] += product(p.astype(d_o.dtype), d_o[0, 0], 0, 0)
+
+    @pl.when(pair.last)
+    def _():
+        d_k[0, 0] = k_sums[...].astype(d_k.dtype)
+        d_v[0, 0] = v_sums[...].astype(d_v.dtype)

@@ -1,9 +1,8 @@
 """The feed-forward networks that each token chose, weighted and summed."""
 
-from jaxtyping import Array, Float, Int
-
 from pallas_kernels.expert_mlp import grouped, reference
 from pallas_kernels.platform import choose
+from pallas_kernels.shapes import Array, Float, Int
 
 
 def expert_mlp(

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax.lax import ragged_dot
-from jaxtyping import Array, Float, Int
 
 from pallas_kernels.expert_mlp.sort import count, sort_by_expert
+from pallas_kernels.shapes import Array, Float, Int
 
 
 def expert_mlp(

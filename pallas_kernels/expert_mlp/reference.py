@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from pallas_kernels.expert_mlp.sort import count, sort_by_expert
+from pallas_kernels.shapes import Array, Float, Int
 
 _MOST_ROWS = 96  # in a block: from 64 to 256 measured alike on CPU for 256 tokens an expert
 

@@ -1,7 +1,8 @@
 """(token, expert) pairs in the order of their experts."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+
+from pallas_kernels.shapes import Array, Int
 
 
 def count(experts: Int[Array, "N K"], num_experts: int) -> Int[Array, "E"]:

@@ -1,9 +1,8 @@
 """Index scores of the lightning indexer."""
 
-from jaxtyping import Array, Float
-
 from pallas_kernels.indexer import reference, tpu
 from pallas_kernels.platform import choose
+from pallas_kernels.shapes import Array, Float
 from pallas_kernels.visibility import Visibility
 
 

@@ -2,8 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
+from pallas_kernels.shapes import Array, Float
 from pallas_kernels.visibility import Visibility
 
 

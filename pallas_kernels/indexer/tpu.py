@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blocks import pad_axis, pad_visibility, round_up
 from pallas_kernels.pairs import Operand, Pair, over_pairs, product
+from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.visibility import Visibility
 
 _LANES = 128
@@ -68,7 +68,13 @@ def _scores(q: Array, k: Array, w: Array, visibility: Visibility) -> Array:
     shape = jax.ShapeDtypeStruct((q.shape[0], padded.q.shape[1], padded.k.shape[1]), jnp.float32)
     out = _scores_operand(shape, tile)
     (scores,) = over_pairs(
-        _forward_kernel, padded.inputs(tile), [out], padded.visibility, tile, cost=padded.cost(1)
+        _forward_kernel,
+        padded.inputs(tile),
+        [out],
+        padded.visibility,
+        tile,
+        name="index_scores",
+        cost=padded.cost(1),
     )
     return scores[:, : q.shape[1], : k.shape[1]]
 
@@ -89,8 +95,8 @@ def _scores_bwd(residuals, d_scores):
 
     of_q, of_k, of_w = (like(operand) for operand in padded.inputs(tile))
     how = {"visibility": padded.visibility, "tile": tile, "cost": padded.cost(2)}
-    d_q, d_w = over_pairs(_query_gradients_kernel, inputs, [of_q, of_w], **how)
-    (d_k,) = over_pairs(_key_gradient_kernel, inputs, [of_k], inner="query", **how)
+    d_q, d_w = over_pairs(_query_gradients_kernel, inputs, [of_q, of_w], **how, name="index_scores_dq")
+    (d_k,) = over_pairs(_key_gradient_kernel, inputs, [of_k], **how, name="index_scores_dk", inner="query")
     d_q = d_q.reshape(*d_q.shape[:2], -1, padded.k.shape[-1])[:, : q.shape[1], : q.shape[2], : q.shape[3]]
     d_w = d_w.swapaxes(1, 2).reshape(*d_q.shape[:1], d_w.shape[2], -1)[:, : w.shape[1], : w.shape[2]]
     d_k = d_k[:, : k.shape[1], : k.shape[2]]

@@ -1,9 +1,8 @@
 """Kullback-Leibler divergence from the attention of all heads to the softmax of the index scores."""
 
-from jaxtyping import Array, Float, Int, UInt32
-
 from pallas_kernels.indexer_loss import reference, tpu, tpu_dense
 from pallas_kernels.platform import choose
+from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.visibility import Visibility
 
 

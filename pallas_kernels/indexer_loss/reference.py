@@ -6,11 +6,11 @@ references, so that XLA merges the two where both stand in one program.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.dense_mla.reference import attended, masked_scores
 from pallas_kernels.indexer.reference import listed_index_scores
 from pallas_kernels.selection import require_list
+from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
 from pallas_kernels.softmax import exp_minus
 from pallas_kernels.sparse_mla.reference import gather_rows, selected_scores
 from pallas_kernels.visibility import Visibility

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels.blocks import pad_axis
 from pallas_kernels.pairs import product
 from pallas_kernels.platform import tpu_cores, tpu_interpreter
 from pallas_kernels.selection import BITS
+from pallas_kernels.shapes import Array, Float, UInt32
 from pallas_kernels.sparse_mla.union import (
     KEYS,
     LANES,
@@ -146,6 +146,7 @@ def _forward(index_q, index_k, index_w, q, kv, lse, selected, scale) -> tuple[Ar
         compiler_params=compiler_params("parallel", "parallel"),
         cost_estimate=cost(sizes, 2 * sizes.width),
         interpret=tpu_interpreter(),
+        name="indexer_loss",
     )(*operands)
     p_log_p, p_score, p, highest, total = (
         statistics[:, :, row, :BITS].reshape(sizes.batch, -1)[:, : q.shape[1]] for row in range(5)
@@ -293,6 +294,7 @@ def _loss_bwd(scale, residuals, d_kl):
         compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"),
         cost_estimate=cost(sizes, 2 * sizes.width),
         interpret=tpu_interpreter(),
+        name="indexer_loss_backward",
     )(
         *operands,
         weighted,

@@ -10,7 +10,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels.blocks import pad_axis, pad_visibility, round_up
 from pallas_kernels.dense_mla.reference import attended
@@ -18,6 +17,7 @@ from pallas_kernels.dense_mla.tpu import column_of, pad_selected, selection_oper
 from pallas_kernels.indexer_loss.reference import kl_rows
 from pallas_kernels.pairs import Operand, Pair, over_pairs, product
 from pallas_kernels.selection import BITS
+from pallas_kernels.shapes import Array, Float, UInt32
 from pallas_kernels.visibility import Visibility
 
 _LANES = 128
@@ -45,7 +45,7 @@ def _target(q, k, lse, visibility, selected, scale) -> Float[Array, "B T S"]:
     keys = k.shape[2]
     tile = min(_TILE[0], round_up(queries, BITS)), min(_TILE[1], round_up(keys, _LANES))
     selected = pad_selected(selected, q, k, tile)
-    q, k = (pad_axis(pad_axis(x, 2, size), 3, _LANES) for x, size in zip((q, k), tile, strict=True))
+    q, k = (pad_axis(x, 2, size) for x, size in zip((q, k), tile, strict=True))
     lse = pad_axis(jnp.where(jnp.isfinite(lse), lse * _LOG2_E, 0)[:, :, None], 3, tile[0])
     shape = (batch, q.shape[2], k.shape[2])
     pairs = math.prod(shape) * heads
@@ -60,6 +60,7 @@ def _target(q, k, lse, visibility, selected, scale) -> Float[Array, "B T S"]:
         [Operand(jax.ShapeDtypeStruct(shape, jnp.float32), (1, *tile), lambda b, h, i, j: (b, i, j))],
         pad_visibility(visibility, *tile),
         tile,
+        name="indexer_loss_target",
         heads=heads,
         inner="head",
         cost=pl.CostEstimate(

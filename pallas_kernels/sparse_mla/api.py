@@ -1,8 +1,7 @@
 """Sparse multi-head latent attention: every query attends to its own list of keys."""
 
-from jaxtyping import Array, Float, Int, UInt32
-
 from pallas_kernels.platform import choose
+from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.sparse_mla import reference, tpu
 
 

@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
 
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import require_list
+from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import exp_minus, sum_exp
 
 

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels.blocks import pad_axis, round_up
 from pallas_kernels.pairs import product
 from pallas_kernels.platform import tpu_cores, tpu_interpreter
 from pallas_kernels.residuals import LSE, OUTPUT
+from pallas_kernels.shapes import Array, Float, UInt32
 from pallas_kernels.sparse_mla.union import (
     KEYS,
     LANES,
@@ -84,6 +84,7 @@ def _forward(q: Array, kv: Array, selected: Array, latent_dim: int, scale: float
         compiler_params=compiler_params("parallel", "parallel"),
         cost_estimate=cost(sizes, 2 * (sizes.width + sizes.latent)),
         interpret=tpu_interpreter(),
+        name="sparse_mla",
     )(operands.union, operands.q, operands.rows)
     o = o.reshape(sizes.batch, -1, sizes.heads, sizes.latent)[:, : q.shape[1], : q.shape[2], :latent_dim]
     lse = lse.reshape(sizes.batch, -1, sizes.heads)[:, : q.shape[1], : q.shape[2]]
@@ -179,6 +180,7 @@ def _attend_bwd(latent_dim, scale, residuals, gradients):
         compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"),
         cost_estimate=cost(sizes, 2 * (3 * sizes.width + 2 * sizes.latent)),
         interpret=tpu_interpreter(),
+        name="sparse_mla_backward",
     )(
         operands.union,
         operands.q,

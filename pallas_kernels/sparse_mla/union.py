@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.blocks import pad_axis, round_up
 from pallas_kernels.selection import BITS, require_mask
+from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
 
 LANES = 128
 KEYS = 512  # of a tile

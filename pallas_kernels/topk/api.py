@@ -1,8 +1,7 @@
 """Exact top-k selection, ties to the lowest index."""
 
-from jaxtyping import Array, Float, Int, UInt32
-
 from pallas_kernels.platform import choose
+from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.topk import reference, tpu
 
 

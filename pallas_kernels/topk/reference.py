@@ -6,9 +6,9 @@ scores and keeping what lies above it.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.selection import pack_mask
+from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
 
 _CHUNK = 128  # keys whose running count is one product with a triangular matrix
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.blocks import pad_axis
 from pallas_kernels.platform import UnsupportedError, tpu_interpreter
 from pallas_kernels.selection import BITS, unpack_mask
+from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.topk.reference import indices_of
 
 _LANES = 128
@@ -72,6 +72,7 @@ def _thresholds(scores: Float[Array, "B T S"], k: int) -> Int[Array, "B T 2"]:
             flops=scores.size * 32 * 3, transcendentals=0, bytes_accessed=4 * scores.size
         ),
         interpret=tpu_interpreter(),
+        name="topk_threshold",
     )(scores)
 
 
@@ -141,6 +142,7 @@ def _packed(scores: Float[Array, "B T S"], limits: Int[Array, "B T 2"], rows: in
             flops=8 * scores.size, transcendentals=0, bytes_accessed=scores.size * 33 // 8
         ),
         interpret=tpu_interpreter(),
+        name="topk_pack",
     )(scores, limits)
     return jax.lax.bitcast_convert_type(packed[:, :, 0], jnp.uint32)
 
