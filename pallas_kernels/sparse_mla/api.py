@@ -2,7 +2,7 @@
 
 from pallas_kernels.platform import choose
 from pallas_kernels.shapes import Array, Float, Int, UInt32
-from pallas_kernels.sparse_mla import reference, tpu
+from pallas_kernels.sparse_mla import gpu, reference, tpu
 
 
 def sparse_mla(
@@ -24,6 +24,6 @@ def sparse_mla(
 
     Source: V3.2-Exp report §1 (MQA form), V2 report §2.1.3 (absorbed weights).
     """
-    available = {"reference": reference.sparse_mla, "tpu": tpu.sparse_mla}
+    available = {"reference": reference.sparse_mla, "tpu": tpu.sparse_mla, "gpu": gpu.sparse_mla}
     chosen = choose("sparse_mla", implementation, available)
     return chosen(q, kv, selection, latent_dim=latent_dim, scale=scale)

@@ -115,7 +115,7 @@ CASES = {
     "equal scores": lambda **how: Case(random_mask(2, (2, 35, 60), 20), 3, 24, 8, size=0.0, **how),
     "8192 keys": lambda **how: Case(neighbours((1, 20, 8192), 150), 4, 24, 8, **how),
 }
-on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
+on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 
 
 @on_every_platform

@@ -1,0 +1,64 @@
+"""The one place that knows Pallas's Triton backend, which gathers rows on GPUs as Mosaic GPU does not.
+
+It is deprecated in jax 0.11 and compiles with jax 0.12 still. Dimensions of everything a kernel touches are powers of
+two, of at least 16 where it is multiplied.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.platform import gpu_interpreter
+from pallas_kernels.shapes import Array
+
+LEAST = 16  # rows or columns of a matrix product
+
+
+def call(
+    kernel: Callable[..., None],
+    operands: Sequence[Array],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    warps: int,
+    stages: int,
+    aliases: dict[int, int] | None = None,
+    cost: pl.CostEstimate,
+) -> Sequence[Array]:
+    """Runs ``kernel`` on whole arrays in device memory; ``stages`` is the depth of its software pipeline."""
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=out_shape,
+        input_output_aliases=aliases or {},
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        cost_estimate=cost,
+        interpret=gpu_interpreter(),
+        name=name,
+    )(*operands)
+
+
+def add_to_rows(ref, batch: Array, rows: Array, features, values: Array) -> None:
+    """Adds ``values`` [K, X] to rows [K] of an array [B, S, X] in memory, atomically; rows may repeat."""
+    if not gpu_interpreter():
+        triton.atomic_add(ref, (batch, rows, features), values)
+        return
+    # The interpreter has no atomic addition to rows, and blocks of threads run one after another in it: what is
+    # missing is that of repeated rows every one gives their sum.
+    same = (rows[:, None] == rows[None, :]).astype(values.dtype)
+    ref[batch, rows, features] += dot(same, values)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is neither below ``n`` nor below ``LEAST``."""
+    return max(LEAST, 1 << (n - 1).bit_length())
+
+
+def dot(a: Array, b: Array) -> Array:
+    """A matrix product with float32 accumulation; float32 operands keep their precision."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
