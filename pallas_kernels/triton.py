@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.platform import gpu_interpreter
+from pallas_kernels.platform import UnsupportedError, gpu_interpreter
 from pallas_kernels.shapes import Array
 
 LEAST = 16  # rows or columns of a matrix product
@@ -29,7 +29,16 @@ def call(
     aliases: dict[int, int] | None = None,
     cost: pl.CostEstimate,
 ) -> Sequence[Array]:
-    """Runs ``kernel`` on whole arrays in device memory; ``stages`` is the depth of its software pipeline."""
+    """Runs ``kernel`` on whole arrays in device memory; ``stages`` is the depth of its software pipeline.
+
+    Raises UnsupportedError for an array of 2³¹ elements or more, whose places Triton's integers do not hold.
+    """
+    for array in (*operands, *out_shape):
+        if array.size >= 1 << 31:
+            raise UnsupportedError(
+                f"{name}: an array {array.dtype}{list(array.shape)} has more than 2^31 elements, which the GPU kernel "
+                "cannot address: give it a smaller block of queries (model.attention_block_size) or batch"
+            )
     return pl.pallas_call(
         kernel,
         grid=grid,

@@ -1,6 +1,6 @@
 """Index scores of the lightning indexer."""
 
-from pallas_kernels.indexer import reference, tpu
+from pallas_kernels.indexer import gpu, reference, tpu
 from pallas_kernels.platform import choose
 from pallas_kernels.shapes import Array, Float
 from pallas_kernels.visibility import Visibility
@@ -21,5 +21,5 @@ def index_scores(
 
     Source: V3.2-Exp report eq. 1; checkpoint keys ``indexer.*``.
     """
-    available = {"reference": reference.index_scores, "tpu": tpu.index_scores}
+    available = {"reference": reference.index_scores, "tpu": tpu.index_scores, "gpu": gpu.index_scores}
     return choose("index_scores", implementation, available)(q, k, w, visibility)

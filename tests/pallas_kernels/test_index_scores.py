@@ -12,7 +12,7 @@ from visible import documents, everyone
 from pallas_kernels.indexer.api import index_scores
 
 scores_of = quick_jit(index_scores, static_argnames="implementation")
-on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
+on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 
 
 class Case:
