@@ -62,6 +62,20 @@ def add_to_rows(ref, batch: Array, rows: Array, features, values: Array) -> None
     ref[batch, rows, features] += dot(same, values)
 
 
+def store_where(ref, row: Array, places: Array, values: Array, condition: Array, nowhere: int) -> None:
+    """``ref[row, places] = values`` where the condition holds; ``nowhere`` is a place that nobody reads."""
+    if not gpu_interpreter():
+        triton.store(ref.at[row, places], values, mask=condition)
+    else:
+        ref[row, jnp.where(condition, places, nowhere)] = values
+
+
+def barrier() -> None:
+    """What threads of a block wrote before it, all of them see after it."""
+    if not gpu_interpreter():
+        triton.debug_barrier()
+
+
 def power_of_two(n: int) -> int:
     """The smallest that is neither below ``n`` nor below ``LEAST``."""
     return max(LEAST, 1 << (n - 1).bit_length())

@@ -2,7 +2,7 @@
 
 from pallas_kernels.platform import choose
 from pallas_kernels.shapes import Array, Float, Int, UInt32
-from pallas_kernels.topk import reference, tpu
+from pallas_kernels.topk import gpu, reference, tpu
 
 
 def topk_indices(
@@ -16,7 +16,7 @@ def topk_indices(
 
     Source: V3.2-Exp report eq. 2.
     """
-    available = {"reference": reference.topk_indices, "tpu": tpu.topk_indices}
+    available = {"reference": reference.topk_indices, "tpu": tpu.topk_indices, "gpu": gpu.topk_indices}
     return choose("topk_indices", implementation, available)(scores, k)
 
 
@@ -24,7 +24,7 @@ def topk_mask(
     scores: Float[Array, "B T S"], k: int, *, implementation: str | None = None
 ) -> UInt32[Array, "B W S"]:
     """The same selection as a packed mask (``selection``)."""
-    available = {"reference": reference.topk_mask, "tpu": tpu.topk_mask}
+    available = {"reference": reference.topk_mask, "tpu": tpu.topk_mask, "gpu": gpu.topk_mask}
     return choose("topk_mask", implementation, available)(scores, k)
 
 
@@ -32,5 +32,5 @@ def select(
     scores: Float[Array, "B T S"], k: int, *, implementation: str | None = None
 ) -> Int[Array, "B T K"] | UInt32[Array, "B W S"]:
     """The same selection in the form that ``sparse_mla`` reads on this platform."""
-    available = {"reference": reference.topk_indices, "tpu": tpu.topk_mask}
+    available = {"reference": reference.topk_indices, "tpu": tpu.topk_mask, "gpu": gpu.topk_indices}
     return choose("select", implementation, available)(scores, k)

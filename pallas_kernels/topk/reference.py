@@ -52,10 +52,10 @@ def _first(mask: Bool[Array, "*B S"], room: Float[Array, "*B 1"]) -> Bool[Array,
 
 def topk_mask(scores: Float[Array, "B T S"], k: int) -> UInt32[Array, "B W S"]:
     """See ``api.topk_mask``."""
-    return pack_mask(_highest(scores, k))
+    return pack_mask(highest(scores, k))
 
 
-def _highest(scores: Float[Array, "B T S"], k: int) -> Bool[Array, "B T S"]:
+def highest(scores: Float[Array, "B T S"], k: int) -> Bool[Array, "B T S"]:
     """True at the selected keys."""
     scores = jax.lax.stop_gradient(scores)
     visible = scores > -jnp.inf
@@ -85,7 +85,7 @@ def _running_count(mask: Bool[Array, "*B S"]) -> Int[Array, "*B S"]:
 
 def topk_indices(scores: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
     """See ``api.topk_indices``."""
-    return indices_of(_highest(scores, k), k)
+    return indices_of(highest(scores, k), k)
 
 
 def indices_of(mask: Bool[Array, "B T S"], k: int) -> Int[Array, "B T K"]:

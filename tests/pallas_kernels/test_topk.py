@@ -14,7 +14,7 @@ from pallas_kernels.topk.api import topk_indices, topk_mask
 
 mask_of = quick_jit(topk_mask, static_argnames=("k", "implementation"))
 indices_of = quick_jit(topk_indices, static_argnames=("k", "implementation"))
-on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
+on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 
 
 def selected_by_sorting(scores: np.ndarray, k: int) -> np.ndarray:
