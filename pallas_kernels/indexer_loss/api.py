@@ -1,6 +1,6 @@
 """Kullback-Leibler divergence from the attention of all heads to the softmax of the index scores."""
 
-from pallas_kernels.indexer_loss import reference, tpu, tpu_dense
+from pallas_kernels.indexer_loss import gpu, reference, tpu, tpu_dense
 from pallas_kernels.platform import choose
 from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.visibility import Visibility
@@ -48,7 +48,11 @@ def sparse_indexer_loss(
     The index scores are those of ``index_scores``, computed for the selected pairs alone: the gradient reaches
     ``index_q``, ``index_k`` and ``index_w``, and costs nothing for keys that nobody selected.
     """
-    available = {"reference": reference.sparse_indexer_loss, "tpu": tpu.sparse_indexer_loss}
+    available = {
+        "reference": reference.sparse_indexer_loss,
+        "tpu": tpu.sparse_indexer_loss,
+        "gpu": gpu.sparse_indexer_loss,
+    }
     return choose("sparse_indexer_loss", implementation, available)(
         index_q, index_k, index_w, q, kv, lse, selection, scale=scale
     )

@@ -22,14 +22,14 @@ from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.triton import add_to_rows, call, dot, power_of_two
 
-_KEYS = 64  # of a tile
+KEYS = 64  # of a tile
 _FORWARD_HEADS, _BACKWARD_HEADS = 64, 128  # of a block, at most
 _FEATURES = 64  # of a chunk
 _LOW = -1e30  # the score of a place that holds no key: far below half of it, where the highest score begins
 _LOG2_E = math.log2(math.e)
 
 
-class _Padded(NamedTuple):
+class Padded(NamedTuple):
     """The operands as the kernels read them: a latent and a rotary part that are powers of two."""
 
     q: Float[Array, "B T H C+R"]
@@ -74,7 +74,7 @@ def _attend_fwd(q, kv, indices, latent_dim, scale):
     return (o, lse), (q, kv, indices, o, lse)
 
 
-def _pad(q: Array, kv: Array, indices: Array, latent_dim: int) -> _Padded:
+def pad(q: Array, kv: Array, indices: Array, latent_dim: int) -> Padded:
     """Whole tiles; heads, latent and rotary part as powers of two. What is added is zero, and no key."""
     latent, rope = power_of_two(latent_dim), power_of_two(q.shape[-1] - latent_dim)
 
@@ -84,20 +84,20 @@ def _pad(q: Array, kv: Array, indices: Array, latent_dim: int) -> _Padded:
 
     if (latent, rope) != (latent_dim, q.shape[-1] - latent_dim):
         q, kv = features(q), features(kv)
-    missing = -indices.shape[2] % _KEYS
+    missing = -indices.shape[2] % KEYS
     indices = jnp.pad(indices, [(0, 0), (0, 0), (0, missing)], constant_values=-1)
     place = jnp.arange(1, indices.shape[2] + 1, dtype=jnp.int32)
     places = jnp.max(jnp.where(indices >= 0, place, 0), axis=-1)
-    return _Padded(_pad_heads(q), kv, indices, places, latent)
+    return Padded(pad_heads(q), kv, indices, places, latent)
 
 
-def _pad_heads(x: Array) -> Array:
+def pad_heads(x: Array) -> Array:
     """[B, T, H, ...] with a power of two of heads, or a multiple of the largest block."""
     return pad_axis(x, 2, min(power_of_two(x.shape[2]), _BACKWARD_HEADS))
 
 
 def _forward(q, kv, indices, latent_dim, scale):
-    padded = _pad(q, kv, indices, latent_dim)
+    padded = pad(q, kv, indices, latent_dim)
     batch, queries, heads, _ = padded.q.shape
     group = min(heads, _FORWARD_HEADS)
     o, lse = call(
@@ -116,31 +116,32 @@ def _forward(q, kv, indices, latent_dim, scale):
     return o[:, :, : q.shape[2], :latent_dim], lse[:, :, : q.shape[2]]
 
 
-def _place(queries: int, group: int):
+def query_of(queries: int, group: int):
     """Batch, query and heads of a block of threads."""
     row = pl.program_id(0)
     return row // queries, row % queries, pl.ds(pl.program_id(1) * group, group)
 
 
-def _tile(indices, b, t, i):
+def tile_of(indices, b, t, i):
     """Places of a tile in the list, which of them hold a key, and the keys; 0 where there is none."""
-    places = pl.ds(i * _KEYS, _KEYS)
+    places = pl.ds(i * KEYS, KEYS)
     keys = indices[b, t, places]
     return places, keys >= 0, jnp.maximum(keys, 0)
 
 
-def _tiles(places, b, t):
-    return (places[b, t] + _KEYS - 1) // _KEYS
+def tiles_of(places, b, t):
+    """How many tiles a query's list has."""
+    return (places[b, t] + KEYS - 1) // KEYS
 
 
 def _forward_kernel(q, kv, indices, places, o, lse, *, group: int, latent: int, rope: int, scale: float):
-    b, t, heads = _place(indices.shape[1], group)
+    b, t, heads = query_of(indices.shape[1], group)
     latents, ropes = pl.ds(0, latent), pl.ds(latent, rope)
     q_c, q_r = q[b, t, heads, latents], q[b, t, heads, ropes]
 
     def attend_tile(i, carry):
         total, before, sums = carry
-        _, is_key, keys = _tile(indices, b, t, i)
+        _, is_key, keys = tile_of(indices, b, t, i)
         c, r = kv[b, keys, latents], kv[b, keys, ropes]
         scores = (dot(q_c, c.T) + dot(q_r, r.T)) * (scale * _LOG2_E)
         scores = jnp.where(is_key[None, :], scores, _LOW)
@@ -154,7 +155,7 @@ def _forward_kernel(q, kv, indices, places, o, lse, *, group: int, latent: int, 
         jnp.full((group,), _LOW / 2, jnp.float32),
         jnp.zeros((group,), jnp.float32),
     )
-    total, highest, sums = jax.lax.fori_loop(0, _tiles(places, b, t), attend_tile, start)
+    total, highest, sums = jax.lax.fori_loop(0, tiles_of(places, b, t), attend_tile, start)
     divisor = jnp.where(sums > 0, sums, 1)
     o[b, t, heads, latents] = (total / divisor[:, None]).astype(o.dtype)
     lse[b, t, heads] = jnp.where(sums > 0, highest / _LOG2_E + jnp.log(divisor), -jnp.inf)
@@ -163,17 +164,17 @@ def _forward_kernel(q, kv, indices, places, o, lse, *, group: int, latent: int, 
 def _attend_bwd(latent_dim, scale, residuals, gradients):
     q, kv, indices, o, lse = residuals
     d_o, d_lse = gradients
-    padded = _pad(q, kv, indices, latent_dim)
+    padded = pad(q, kv, indices, latent_dim)
     batch, queries, heads, width = padded.q.shape
     delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
     lse = jnp.where(jnp.isfinite(lse), lse * _LOG2_E, 0)
-    d_o = _pad_heads(pad_axis(d_o.astype(kv.dtype), 3, padded.latent))
+    d_o = pad_heads(pad_axis(d_o.astype(kv.dtype), 3, padded.latent))
     group = min(heads, _BACKWARD_HEADS)
     grid = batch * queries, heads // group
     sizes = {"group": group, "latent": padded.latent, "rope": padded.rope}
     d_scores, d_kv = call(
         functools.partial(_key_gradient_kernel, **sizes, scale=scale),
-        [*padded[:4], d_o, _pad_heads(lse), _pad_heads(delta), jnp.zeros(padded.kv.shape, jnp.float32)],
+        [*padded[:4], d_o, pad_heads(lse), pad_heads(delta), jnp.zeros(padded.kv.shape, jnp.float32)],
         name="sparse_mla_dkv",
         grid=grid,
         out_shape=[
@@ -225,11 +226,11 @@ def _key_gradient_kernel(
     scale: float,
 ):
     """Keys stand in the rows here, heads in the columns: the gradient of the scores is the left factor as it comes."""
-    b, t, heads = _place(indices.shape[1], group)
+    b, t, heads = query_of(indices.shape[1], group)
     ropes, width = pl.ds(latent, rope), min(latent, _FEATURES)
 
     def differentiate_tile(i, carry):
-        where, is_key, keys = _tile(indices, b, t, i)
+        where, is_key, keys = tile_of(indices, b, t, i)
 
         def add_chunk(c, sums):
             features = pl.ds(c * width, width)
@@ -237,7 +238,7 @@ def _key_gradient_kernel(
             scores = sums[0] + dot(latents, q[b, t, heads, features].T)
             return scores, sums[1] + dot(latents, d_o[b, t, heads, features].T)
 
-        start = dot(kv[b, keys, ropes], q[b, t, heads, ropes].T), jnp.zeros((_KEYS, group), jnp.float32)
+        start = dot(kv[b, keys, ropes], q[b, t, heads, ropes].T), jnp.zeros((KEYS, group), jnp.float32)
         scores, d_p = jax.lax.fori_loop(0, latent // width, add_chunk, start)
         p = jnp.exp2(scores * (scale * _LOG2_E) - lse[b, t, heads][None, :])
         p = jnp.where(is_key[:, None], p, 0)
@@ -255,19 +256,19 @@ def _key_gradient_kernel(
         add_to_rows(d_kv, b, keys, ropes, dot(d_scores, q[b, t, heads, ropes]))
         return carry
 
-    jax.lax.fori_loop(0, _tiles(places, b, t), differentiate_tile, jnp.int32(0))
+    jax.lax.fori_loop(0, tiles_of(places, b, t), differentiate_tile, jnp.int32(0))
 
 
 def _query_gradient_kernel(d_scores, kv, indices, places, d_q, *, group: int, latent: int, rope: int):
-    b, t, heads = _place(indices.shape[1], group)
+    b, t, heads = query_of(indices.shape[1], group)
     latents, ropes = pl.ds(0, latent), pl.ds(latent, rope)
 
     def add_tile(i, sums):
-        where, _, keys = _tile(indices, b, t, i)
+        where, _, keys = tile_of(indices, b, t, i)
         weights = d_scores[b, t, where, heads].T
         return sums[0] + dot(weights, kv[b, keys, latents]), sums[1] + dot(weights, kv[b, keys, ropes])
 
     start = jnp.zeros((group, latent), jnp.float32), jnp.zeros((group, rope), jnp.float32)
-    d_c, d_r = jax.lax.fori_loop(0, _tiles(places, b, t), add_tile, start)
+    d_c, d_r = jax.lax.fori_loop(0, tiles_of(places, b, t), add_tile, start)
     d_q[b, t, heads, latents] = d_c.astype(d_q.dtype)
     d_q[b, t, heads, ropes] = d_r.astype(d_q.dtype)

@@ -95,9 +95,12 @@ def test_loss_and_gradient(case, form):
     case.check(form, "reference", 1e-5, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
+@pytest.mark.parametrize(
+    ("implementation", "form"),
+    [(name, "sparse") for name in ("reference", "tpu", "gpu")] + [("reference", "dense"), ("tpu", "dense")],
+    indirect=["implementation"],
+)
 @pytest.mark.parametrize("size", [1.0, 20.0], ids=["flat", "peaked"])
-@pytest.mark.parametrize("form", ["dense", "sparse"])
 def test_bfloat16(implementation, form, size):
     """What every backend promises, against the formula on the same rounded inputs."""
     Case(size, jnp.bfloat16).check(form, implementation, 1e-4, 1e-2)
@@ -108,7 +111,7 @@ def test_copies_are_waited_for(implementation):
     Case(1.0, jnp.bfloat16).check("sparse", implementation, 1e-4, 1e-2)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
+@pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 @pytest.mark.parametrize("queries", [1, 40])
 def test_index_heads_of_both_signs(implementation, queries):
     """Many heads, two blocks of queries, gradients to queries, keys and weights against the reference's in float32."""
