@@ -2,10 +2,15 @@
 
     pip install 'jax[tpu]' && python benchmarks/compiled_kernels.py v5p
 
+    pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION nvidia-cuda-nvcc-cu12 \\
+        nvidia-cuda-runtime-cu12 nvidia-cuda-cupti-cu12 nvidia-cuda-nvrtc-cu12 nvidia-nvjitlink-cu12
+    python benchmarks/compiled_kernels.py h100      # VERSION is that of jax; nothing else is needed of CUDA
+
 Everything that a layer of the 671B model runs at 128K tokens, forward and backward, goes through the accelerator's
 own compiler. The table says for each TPU kernel how much VMEM it takes, how many instruction bundles its hottest loop
 has, and which share of the slots for matrix products, vector arithmetic, loads and stores they fill. Bundles are
-counted, not timed: waiting for memory is not in them.
+counted, not timed: waiting for memory is not in them. For each GPU kernel it says registers a thread, bytes spilt
+from them and shared memory.
 """
 
 import argparse
@@ -13,6 +18,7 @@ import collections
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -44,7 +50,33 @@ KERNELS = {
 }
 
 
-class Kernel(NamedTuple):
+GPU_KERNELS = {
+    "sparse": (
+        "index_scores",
+        "topk_indices",
+        "sparse_mla",
+        "sparse_mla_dkv",
+        "sparse_mla_dq",
+        "indexer_loss_target",
+        "listed_index_scores",
+        "listed_index_scores_backward",
+    ),
+    "dense": ("index_scores_dq", "index_scores_dk"),
+}
+# What the compiler asks of a device. Source: CUDA's device query for this one
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 cuda_compute_capability { major: 9 }
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84929347584 clock_rate_ghz: 1.98
+}
+platform_name: "CUDA" runtime_version { major: 12 minor: 9 patch: 0 } dnn_version_info { major: 9 minor: 7 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class TpuKernel(NamedTuple):
     """What the compiler made of one kernel."""
 
     program: str
@@ -53,41 +85,65 @@ class Kernel(NamedTuple):
     bundles: int  # of the hottest loop
     filled: dict[str, float]  # share of its slots
 
+    @staticmethod
+    def header() -> str:
+        return f"{'VMEM MiB':>9}{'bundles':>9}" + "".join(f"{slot:>8}" for slot in SLOTS)
+
+    def row(self) -> str:
+        shares = "".join(f"{self.filled[slot]:8.0%}" for slot in SLOTS)
+        return f"{self.vmem_bytes / 2**20:9.1f}{self.bundles:9}{shares}"
+
+
+class GpuKernel(NamedTuple):
+    """What the compiler made of one kernel."""
+
+    program: str
+    kernel: str
+    registers: int  # a thread
+    spilt_bytes: int
+    shared_bytes: int
+
+    @staticmethod
+    def header() -> str:
+        return f"{'registers':>10}{'spilt':>7}{'shared KB':>11}"
+
+    def row(self) -> str:
+        return f"{self.registers:10}{self.spilt_bytes:7}{self.shared_bytes / 1024:11.1f}"
+
 
 def main() -> None:
     """Prints the table, or JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("chip", choices=TOPOLOGIES)
+    parser.add_argument("chip", choices=[*TOPOLOGIES, "h100"])
     parser.add_argument("--queries", type=int, default=1024, help="of a block of attention")
     parser.add_argument("--keys", type=int, default=131072)
-    parser.add_argument("--json", action="store_true", help="one object a kernel, in place of the table")
+    parser.add_argument("--json", type=Path, help="a file for the same, one object a kernel")
     arguments = parser.parse_args()
+    is_gpu = arguments.chip == "h100"
+    kernels = []
     with tempfile.TemporaryDirectory() as dump:
         os.environ.update(
             JAX_PLATFORMS="cpu",
+            CUDA_VISIBLE_DEVICES="",
+            XLA_FLAGS=f"--xla_dump_to={dump}" if is_gpu else "",
             TPU_SKIP_MDS_QUERY="1",
             TPU_WORKER_HOSTNAMES="localhost",
             TPU_ACCELERATOR_TYPE="v5p-8",
             LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
         )
-        kernels = []
         for program in KERNELS:
             before = set(Path(dump).iterdir())
             compile_program(arguments.chip, program, arguments.queries, arguments.keys)
+            read_dump = read_gpu_dump if is_gpu else read_tpu_dump
             kernels += read_dump(program, set(Path(dump).iterdir()) - before)
-    if arguments.json:
-        print(json.dumps([kernel._asdict() for kernel in kernels]))
-        return
-    header = "".join(f"{slot:>8}" for slot in SLOTS)
     print(f"{arguments.chip}: {arguments.queries} queries, {arguments.keys} keys")
-    print(f"{'':8}{'kernel':24}{'VMEM MiB':>9}{'bundles':>9}{header}")
+    print(f"{'':8}{'kernel':30}{kernels[0].header()}")
     for kernel in kernels:
-        shares = "".join(f"{kernel.filled[slot]:8.0%}" for slot in SLOTS)
-        print(
-            f"{kernel.program:8}{kernel.kernel:24}{kernel.vmem_bytes / 2**20:9.1f}{kernel.bundles:9}{shares}"
-        )
+        print(f"{kernel.program:8}{kernel.kernel:30}{kernel.row()}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([kernel._asdict() for kernel in kernels], indent=1))
 
 
 def compile_program(chip: str, program: str, queries: int, keys: int):
@@ -125,6 +181,10 @@ def compile_program(chip: str, program: str, queries: int, keys: int):
             sparse_indexer_loss(*index, q, kv, lse, selection, scale=scale)
         )
 
+    def of_index(index, limits):
+        scores = index_scores(*index, limits)
+        return jnp.sum(jnp.where(scores > 0, scores, 0))
+
     def dense(index, q, k, v, limits):
         scores = index_scores(*index, limits)
         selected = topk_mask(scores, TOPK)
@@ -136,18 +196,23 @@ def compile_program(chip: str, program: str, queries: int, keys: int):
         width = LATENT + ROPE
         arrays = (index, of(b16, queries, HEADS, width), of(b16, keys, width), limits)
         function = jax.grad(sparse, argnums=(0, 1, 2))
+    elif chip == "h100":  # where masked attention is the reference's
+        arrays, function = (index, limits), jax.grad(of_index)
     else:
         shapes = ((queries, NOPE + ROPE), (keys, NOPE + ROPE), (keys, VALUE))
         arrays = (index, *(of(b16, DENSE_HEADS, *shape) for shape in shapes), limits)
         function = jax.grad(dense, argnums=(0, 1, 2, 3))
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    if chip == "h100":
+        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)
+    else:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh):
         return jax.jit(function, in_shardings=whole, out_shardings=whole).lower(*arrays).compile()
 
 
-def read_dump(program: str, files: set[Path]) -> list[Kernel]:
+def read_tpu_dump(program: str, files: set[Path]) -> list[TpuKernel]:
     """The kernels of a program from what the compiler wrote down, by their names within those of transformations."""
     stages = collections.defaultdict(dict)
     for path in files:
@@ -159,7 +224,7 @@ def read_dump(program: str, files: set[Path]) -> list[Kernel]:
         of_kernel = stages[name]
         bundles = of_kernel["final_bundles"], of_kernel["final_hlo-static-per-bundle-utilization"]
         kernels.append(
-            Kernel(program, name, vmem_bytes(of_kernel["original"].read_text()), *hottest_loop(*bundles))
+            TpuKernel(program, name, vmem_bytes(of_kernel["original"].read_text()), *hottest_loop(*bundles))
         )
     return kernels
 
@@ -190,6 +255,26 @@ def hottest_loop(bundles: Path, utilization: Path) -> tuple[int, dict[str, float
         regions[-1][1].append(row)
     work = max((rows for _, rows in regions), key=lambda rows: sum(r["MXU"] * 1000 + r["VALU"] for r in rows))
     return len(work), {slot: sum(r[slot] for r in work) / capacity[slot] / len(work) for slot in SLOTS}
+
+
+def read_gpu_dump(program: str, files: set[Path]) -> list[GpuKernel]:
+    """The kernels of a program: registers from the assembler, shared memory from the launches."""
+    import nvidia.cuda_nvcc
+
+    assembler = Path(next(iter(nvidia.cuda_nvcc.__path__))) / "bin" / "ptxas"
+    used, shared = {}, {}
+    for path in files:
+        if path.suffix == ".ptx":
+            command = [assembler, "-arch=sm_90a", "-v", path, "-o", os.devnull]
+            # A program without kernels of its own is no assembly: those that count must all be found.
+            log = subprocess.run(command, capture_output=True, text=True).stderr
+            pattern = r"properties for (\w+)\n.*?, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) reg"
+            for name, stores, loads, registers in re.findall(pattern, log):
+                used[name] = int(registers), int(stores) + int(loads)
+        elif "thunk_sequence" in path.name:
+            for name, size in re.findall(r"\] (\w+) grid: .*shared_memory: (\d+) bytes", path.read_text()):
+                shared[name] = int(size)
+    return [GpuKernel(program, name, *used[name], shared[name]) for name in GPU_KERNELS[program]]
 
 
 if __name__ == "__main__":

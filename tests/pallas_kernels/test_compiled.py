@@ -1,6 +1,6 @@
 """The accelerators' own compilers take every kernel at the released model's sizes, and fill the machine with it.
 
-Needs libtpu, which lives in a virtual environment of its own: where it is installed, jax looks for a TPU.
+They need packages that live in a virtual environment of their own: where libtpu is installed, jax looks for a TPU.
 """
 
 import importlib.util
@@ -20,20 +20,35 @@ LEAST_MXU = {
     "v6e": (0.82, 0.50, 0.84, 0.68, 0.32, 0.58),
     "tpu7x": (0.81, 0.42, 0.79, 0.53, 0.32, 0.47),
 }
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def needs(package: str):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")
+
+
+def compiled(chip: str, folder: Path) -> dict[str, dict]:
+    """What the program says of each kernel; prints its table."""
+    command = [sys.executable, PROGRAM, chip, "--json", folder / "kernels.json"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr[-3000:]
+    print(run.stdout)
+    return {kernel["kernel"]: kernel for kernel in json.loads((folder / "kernels.json").read_text())}
+
+
+@needs("libtpu")
 @pytest.mark.parametrize("chip", VMEM_MIB)
-def test_tpu(chip):
-    found = subprocess.run(
-        [sys.executable, PROGRAM, chip, "--json"], capture_output=True, text=True, timeout=900
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
-    kernels = {kernel["kernel"]: kernel for kernel in json.loads(found.stdout)}
-    print(subprocess.list2cmdline([PROGRAM.name, chip]))
-    for name, kernel in kernels.items():
-        print(f"{name:24}{kernel['vmem_bytes'] / 2**20:8.1f} MiB{kernel['bundles']:8}", kernel["filled"])
-        assert kernel["vmem_bytes"] < VMEM_MIB[chip] * 2**20
+def test_tpu(chip, tmp_path):
+    kernels = compiled(chip, tmp_path)
+    assert all(kernel["vmem_bytes"] < VMEM_MIB[chip] * 2**20 for kernel in kernels.values())
     for name, least in zip(NAMES, LEAST_MXU[chip], strict=True):
         assert kernels[name]["filled"]["MXU"] > least, name
+
+
+@needs("jax_cuda12_plugin")
+def test_h100(tmp_path):
+    kernels = compiled("h100", tmp_path)
+    assert len(kernels) >= 10
+    for kernel in kernels.values():
+        assert kernel["spilt_bytes"] == 0, kernel
+        assert kernel["shared_bytes"] <= 227 * 1024, kernel
