@@ -72,7 +72,8 @@ gpu_device_info {
   registers_per_core_limit: 65536 registers_per_block_limit: 65536 cuda_compute_capability { major: 9 }
   memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84929347584 clock_rate_ghz: 1.98
 }
-platform_name: "CUDA" runtime_version { major: 12 minor: 9 patch: 0 } dnn_version_info { major: 9 minor: 7 } device_description_str: "NVIDIA H100 80GB HBM3"
+platform_name: "CUDA" runtime_version { major: 12 minor: 9 patch: 0 } dnn_version_info { major: 9 minor: 7 }
+device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 

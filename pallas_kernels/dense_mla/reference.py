@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.accumulate import einsum
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import unpack_mask
 from pallas_kernels.shapes import Array, Bool, Float, UInt32
@@ -21,8 +22,8 @@ def masked_scores(
     The mask is added as its logarithm, 0 or -inf: XLA on CPUs computes logarithms once, where it would unpack
     and select again for every head.
     """
-    scores = jnp.einsum("bhtq,bhsq->bhts", q, k, preferred_element_type=jnp.float32)
-    bias = jnp.log(mask.astype(jnp.float32))
+    scores = einsum("bhtq,bhsq->bhts", q, k)
+    bias = jnp.log(mask.astype(scores.dtype))
     return scores * scale + bias[:, None]
 
 
@@ -53,7 +54,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Ar
 
 def _softmax_attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, Array]:
     exponentials, total, lse = sum_exp(masked_scores(q, k, mask, scale))
-    o = jnp.einsum("bhts,bhsv->bhtv", exponentials.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    o = einsum("bhts,bhsv->bhtv", exponentials.astype(v.dtype), v)
     return (o / total[..., None]).astype(v.dtype), lse
 
 
@@ -67,14 +68,14 @@ def _backward(scale, residuals, gradients):
     q, k, v, mask, o, lse = residuals
     d_o, d_lse = gradients
     p = exp_minus(masked_scores(q, k, mask, scale), lse)
-    delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
-    d_p = jnp.einsum("bhtv,bhsv->bhts", d_o, v, preferred_element_type=jnp.float32)
+    delta = jnp.sum(o.astype(lse.dtype) * d_o.astype(lse.dtype), axis=-1) - d_lse
+    d_p = einsum("bhtv,bhsv->bhts", d_o, v)
     d_scores = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
-    d_q = jnp.einsum("bhts,bhsq->bhtq", d_scores, k, preferred_element_type=jnp.float32)
+    d_q = einsum("bhts,bhsq->bhtq", d_scores, k)
     # Everything as the products like it, tokens last; XLA on CPUs would undo it, at half the speed.
     q_t, d_o_t = jax.lax.optimization_barrier((q.swapaxes(2, 3), d_o.swapaxes(2, 3)))
-    d_v = jnp.einsum("bhvt,bhts->bhvs", d_o_t, p.astype(d_o.dtype), preferred_element_type=jnp.float32)
-    d_k = jnp.einsum("bhqt,bhts->bhqs", q_t, d_scores, preferred_element_type=jnp.float32)
+    d_v = einsum("bhvt,bhts->bhvs", d_o_t, p.astype(d_o.dtype))
+    d_k = einsum("bhqt,bhts->bhqs", q_t, d_scores)
     d_k, d_v = jax.lax.optimization_barrier((d_k.astype(k.dtype), d_v.astype(v.dtype)))
     d_k, d_v = d_k.swapaxes(2, 3), d_v.swapaxes(2, 3)
     return d_q.astype(q.dtype), d_k, d_v, None

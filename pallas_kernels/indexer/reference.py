@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.accumulate import einsum
 from pallas_kernels.shapes import Array, Float
 from pallas_kernels.visibility import Visibility
 
@@ -11,7 +12,7 @@ def index_scores(
     q: Float[Array, "B T N J"], k: Float[Array, "B S J"], w: Float[Array, "B T N"], visibility: Visibility
 ) -> Float[Array, "B T S"]:
     """``Σ_n w · ReLU(q · k)``: see ``api.index_scores``."""
-    products = jnp.einsum("btnj,bsj->btns", q, k, preferred_element_type=jnp.float32)
+    products = einsum("btnj,bsj->btns", q, k)
     return jnp.where(visibility.mask(), _weighted(products, w), -jnp.inf)
 
 
@@ -19,8 +20,8 @@ def listed_index_scores(
     q: Float[Array, "B T N J"], k: Float[Array, "B T K J"], w: Float[Array, "B T N"]
 ) -> Float[Array, "B T K"]:
     """The same where every query has keys of its own."""
-    return _weighted(jnp.einsum("btnj,btkj->btnk", q, k, preferred_element_type=jnp.float32), w)
+    return _weighted(einsum("btnj,btkj->btnk", q, k), w)
 
 
 def _weighted(products: Float[Array, "B T N S"], w: Float[Array, "B T N"]) -> Float[Array, "B T S"]:
-    return jnp.sum(w.astype(jnp.float32)[..., None] * jax.nn.relu(products), axis=2)
+    return jnp.sum(w.astype(products.dtype)[..., None] * jax.nn.relu(products), axis=2)

@@ -39,7 +39,10 @@ def sparse_indexer_loss(
     """See ``api.sparse_indexer_loss``."""
     require_list("sparse_indexer_loss", indices)
     places = indices.shape[2]
-    padded = pad(*jax.lax.stop_gradient((q, kv)), indices, max(q.shape[-1] - _FEATURES, _FEATURES // 4))
+    # Nothing here tells latent from rotary part: any cut into two powers of two does.
+    width = q.shape[-1]
+    cut = width - _FEATURES if width > _FEATURES else width // 2
+    padded = pad(*jax.lax.stop_gradient((q, kv)), indices, cut)
     target = _target(padded, jax.lax.stop_gradient(lse), q.shape[2], scale)
     scores = _listed_scores(index_q, index_k, index_w, padded.indices, padded.places)
     return kl_rows(target[..., :places], scores[..., :places], indices >= 0)

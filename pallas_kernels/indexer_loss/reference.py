@@ -23,7 +23,7 @@ def _mean_over_heads(scores: Array, lse: Array, *, head_axis: int) -> Array:
 
 def kl_rows(p: Float[Array, "B T S"], scores: Float[Array, "B T S"], mask: Bool[Array, "B T S"]):
     """``Σ_s p (log p - log softmax(scores))`` over the masked keys of each row."""
-    lowest = jnp.finfo(jnp.float32).min
+    lowest = jnp.finfo(scores.dtype).min
     log_q = jax.nn.log_softmax(jnp.where(mask, scores, lowest), axis=-1)
     log_p = jnp.log(jnp.where(p > 0, p, 1.0))
     return jnp.sum(jnp.where(mask, p * (log_p - log_q), 0.0), axis=-1)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.accumulate import einsum
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
@@ -22,7 +23,7 @@ def selected_scores(
     q: Float[Array, "B T H X"], selected: Float[Array, "B T K X"], indices: Int[Array, "B T K"], scale: float
 ) -> Float[Array, "B T H K"]:
     """``scale · q · kv`` in float32 for the gathered rows, -inf where the index is -1."""
-    scores = jnp.einsum("bthx,btkx->bthk", q, selected, preferred_element_type=jnp.float32)
+    scores = einsum("bthx,btkx->bthk", q, selected)
     return jnp.where(indices[:, :, None] >= 0, scores * scale, -jnp.inf)
 
 
@@ -50,9 +51,7 @@ def _gather_and_attend(
     selected = gather_rows(kv, indices)
     exponentials, total, lse = sum_exp(selected_scores(q, selected, indices, scale))
     latents = selected[..., :latent_dim]
-    o = jnp.einsum(
-        "bthk,btkc->bthc", exponentials.astype(kv.dtype), latents, preferred_element_type=jnp.float32
-    )
+    o = einsum("bthk,btkc->bthc", exponentials.astype(kv.dtype), latents)
     return (o / total[..., None]).astype(kv.dtype), lse
 
 
@@ -67,12 +66,12 @@ def _backward(latent_dim, scale, residuals, gradients):
     d_o, d_lse = gradients
     selected = gather_rows(kv, indices)
     p = exp_minus(selected_scores(q, selected, indices, scale), lse)
-    delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
-    d_p = jnp.einsum("bthc,btkc->bthk", d_o, selected[..., :latent_dim], preferred_element_type=jnp.float32)
+    delta = jnp.sum(o.astype(lse.dtype) * d_o.astype(lse.dtype), axis=-1) - d_lse
+    d_p = einsum("bthc,btkc->bthk", d_o, selected[..., :latent_dim])
     d_scores = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
-    d_q = jnp.einsum("bthk,btkx->bthx", d_scores, selected, preferred_element_type=jnp.float32)
-    d_rows = jnp.einsum("bthk,bthx->btkx", d_scores, q, preferred_element_type=jnp.float32)
-    d_latents = jnp.einsum("bthk,bthc->btkc", p.astype(d_o.dtype), d_o, preferred_element_type=jnp.float32)
+    d_q = einsum("bthk,btkx->bthx", d_scores, selected)
+    d_rows = einsum("bthk,bthx->btkx", d_scores, q)
+    d_latents = einsum("bthk,bthc->btkc", p.astype(d_o.dtype), d_o)
     d_rows = d_rows.at[..., :latent_dim].add(d_latents)
     return d_q.astype(q.dtype), _scatter_add(d_rows, indices, kv), None
 
@@ -83,7 +82,7 @@ def _scatter_add(d_rows: Float[Array, "B T K X"], indices: Int[Array, "B T K"], 
     target = jnp.where(indices >= 0, indices, kv.shape[1])
 
     def add(d, i):
-        zeros = jnp.zeros(kv.shape[1:], jnp.float32)
+        zeros = jnp.zeros(kv.shape[1:], d.dtype)
         return zeros.at[i].add(d, mode="drop")
 
     return jax.vmap(add)(d_rows, target).astype(kv.dtype)

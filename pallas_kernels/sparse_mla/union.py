@@ -168,13 +168,13 @@ class Scatter(NamedTuple):
         def write(key, place):
             _copy(self.tiles.at[buffer], place, self.sums, key, self.written.at[buffer])
 
-        _wait(self.sums, self.tiles.at[buffer], self.read.at[buffer], count)
+        _wait(self.tiles.at[buffer], self.read.at[buffer], count)
         self.tiles[buffer] += self.added[...]
         _for_each_key(union, first_word, write)
 
     def wait_for_writing(self, buffer: Int[Array, ""], count: Int[Array, ""]) -> None:
         """Until the tile may be used again."""
-        _wait(self.tiles.at[buffer], self.sums, self.written.at[buffer], count)
+        _wait(self.tiles.at[buffer], self.written.at[buffer], count)
 
 
 def over_tiles(
@@ -198,7 +198,7 @@ def over_tiles(
         if scatter:
             scatter.wait_for_writing(1 - buffer, being_written)
         word_after, next_count = fetch(next_word, 1 - buffer)
-        _wait(gather.rows, gather.tiles.at[buffer], gather.arrived.at[buffer], count)
+        _wait(gather.tiles.at[buffer], gather.arrived.at[buffer], count)
         work(gather.tiles.at[buffer], count)
         if scatter:
             scatter.add(gather.union, first_word, buffer, count)
@@ -216,15 +216,16 @@ def _copy(source, from_row, target, to_row, semaphore) -> None:
     pltpu.make_async_copy(source.at[pl.ds(from_row, 1)], target.at[pl.ds(to_row, 1)], semaphore).start()
 
 
-def _wait(source, target, semaphore, count: Int[Array, ""]) -> None:
-    """Until ``count`` copies of rows are done: in as many steps as the number has bits."""
+def _wait(tile: Ref, semaphore: Ref, count: Int[Array, ""]) -> None:
+    """Until ``count`` rows were copied to or from a tile: in as many steps as the number has bits."""
     size = KEYS
     while size:
 
         @pl.when((count & size) != 0)
         def _(size=size):
-            rows = pl.ds(0, size)
-            pltpu.make_async_copy(source.at[rows], target.at[rows], semaphore).wait()
+            # What is waited for is that many bytes; where they come from does not matter.
+            rows = tile.at[pl.ds(0, size)]
+            pltpu.make_async_copy(rows, rows, semaphore).wait()
 
         size //= 2
 
