@@ -7,6 +7,7 @@ references, so that XLA merges the two where both stand in one program.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.accumulate import wide
 from pallas_kernels.dense_mla.reference import attended, masked_scores
 from pallas_kernels.indexer.reference import listed_index_scores
 from pallas_kernels.selection import require_list
@@ -23,6 +24,7 @@ def _mean_over_heads(scores: Array, lse: Array, *, head_axis: int) -> Array:
 
 def kl_rows(p: Float[Array, "B T S"], scores: Float[Array, "B T S"], mask: Bool[Array, "B T S"]):
     """``Σ_s p (log p - log softmax(scores))`` over the masked keys of each row."""
+    scores = scores.astype(wide(scores.dtype))
     lowest = jnp.finfo(scores.dtype).min
     log_q = jax.nn.log_softmax(jnp.where(mask, scores, lowest), axis=-1)
     log_p = jnp.log(jnp.where(p > 0, p, 1.0))
