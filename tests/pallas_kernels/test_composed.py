@@ -91,6 +91,7 @@ def test_gradients_of_every_platform(implementation):
         assert relative(gradient, right) < 1e-2, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 def test_no_gradient_leaks(implementation):
     """From the output to the indexer, from the loss to attention, and, the indexer detached, from the loss at all."""
