@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from pallas_kernels.shapes import Array, Int
 from pallas_kernels.visibility import Visibility
 
+LANES = 128  # of a TPU's registers
 _NONE = jnp.iinfo(jnp.int32)
 
 

@@ -14,9 +14,8 @@ from pallas_kernels.shapes import Array, Bool
 from pallas_kernels.visibility import Visibility
 
 _VMEM_BYTES = 56 << 20
-Place = Callable[
-    [Any, Any, Any, Any], tuple
-]  # (batch, head, block of queries, block of keys) -> block of an array
+# (batch, head, block of queries, block of keys) -> block of an array
+Place = Callable[[Any, Any, Any, Any], tuple]
 
 
 class Operand(NamedTuple):

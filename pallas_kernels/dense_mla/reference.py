@@ -10,7 +10,7 @@ from pallas_kernels.accumulate import einsum
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import unpack_mask
 from pallas_kernels.shapes import Array, Bool, Float, UInt32
-from pallas_kernels.softmax import exp_minus, sum_exp
+from pallas_kernels.softmax import exp_minus, output_delta, sum_exp
 from pallas_kernels.visibility import Visibility
 
 
@@ -68,7 +68,7 @@ def _backward(scale, residuals, gradients):
     q, k, v, mask, o, lse = residuals
     d_o, d_lse = gradients
     p = exp_minus(masked_scores(q, k, mask, scale), lse)
-    delta = jnp.sum(o.astype(lse.dtype) * d_o.astype(lse.dtype), axis=-1) - d_lse
+    delta = output_delta(o, d_o, d_lse)
     d_p = einsum("bhtv,bhsv->bhts", d_o, v)
     d_scores = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
     d_q = einsum("bhts,bhsq->bhtq", d_scores, k)

@@ -7,7 +7,6 @@ memory and columns in the kernels, where queries stand along the sublanes.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -16,17 +15,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blocks import pad_axis, pad_visibility, round_up
+from pallas_kernels.blocks import LANES, pad_axis, pad_visibility, round_up
 from pallas_kernels.pairs import Operand, Pair, over_pairs, product
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import BITS, require_mask
 from pallas_kernels.shapes import Array, Bool, Float, UInt32
+from pallas_kernels.softmax import LOG2_E, LOW, output_delta, to_base_2
 from pallas_kernels.visibility import Visibility
 
-_LANES = 128
 _TILE = 256, 1024  # queries, keys: more keys, fewer rescalings
-_LOW = -1e30  # the score of a key that is not a query's: far below half of it, where the highest score begins
-_LOG2_E = math.log2(math.e)
 
 
 class _Padded(NamedTuple):
@@ -118,7 +115,7 @@ def tile_mask(pair: Pair, selected) -> Bool[Array, "Q K"]:
 
 
 def _pad(q, k, v, visibility: Visibility, selected) -> _Padded:
-    tile = min(_TILE[0], round_up(q.shape[2], BITS)), min(_TILE[1], round_up(k.shape[2], _LANES))
+    tile = min(_TILE[0], round_up(q.shape[2], BITS)), min(_TILE[1], round_up(k.shape[2], LANES))
     selected = pad_selected(selected, q, k, tile)
     q, k, v = pad_axis(q, 2, tile[0]), pad_axis(k, 2, tile[1]), pad_axis(v, 2, tile[1])
     return _Padded(q, k, v, pad_visibility(visibility, *tile), selected, tile)
@@ -149,14 +146,14 @@ def _forward_kernel(pair: Pair, *refs, scale: float):
 
     @pl.when(pair.first)
     def _():
-        highest[...] = jnp.full_like(highest, _LOW / 2)
+        highest[...] = jnp.full_like(highest, LOW / 2)
         sums[...] = jnp.zeros_like(sums)
         total[...] = jnp.zeros_like(total)
 
     @pl.when(pair.live)
     def _():
-        scores = product(q[0, 0], k[0, 0], 1, 1) * (scale * _LOG2_E)
-        scores = jnp.where(tile_mask(pair, selected), scores, _LOW)
+        scores = product(q[0, 0], k[0, 0], 1, 1) * (scale * LOG2_E)
+        scores = jnp.where(tile_mask(pair, selected), scores, LOW)
         before = highest[...]
         now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
         p, shrink = jnp.exp2(scores - now), jnp.exp2(before - now)
@@ -169,12 +166,12 @@ def _forward_kernel(pair: Pair, *refs, scale: float):
         seen = sums[...] > 0
         divisor = jnp.where(seen, sums[...], 1)
         o[0, 0] = (total[...] / divisor).astype(o.dtype)
-        natural = highest[...] / _LOG2_E + jnp.log(divisor)
+        natural = highest[...] / LOG2_E + jnp.log(divisor)
         lse[0, 0] = _row(jnp.where(seen, natural, -jnp.inf))
 
 
 def _row(column: Float[Array, "Q 1"]) -> Float[Array, "1 Q"]:
-    return jnp.broadcast_to(column, (column.shape[0], _LANES)).T[:1]
+    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
 
 
 def column_of(row: Float[Array, "1 Q"]) -> Float[Array, "Q 1"]:
@@ -186,8 +183,8 @@ def _attend_bwd(scale, residuals, gradients):
     q, k, v, visibility, selected, o, lse = residuals
     d_o, d_lse = gradients
     padded = _pad(q, k, v, visibility, selected)
-    delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
-    lse = jnp.where(jnp.isfinite(lse), lse * _LOG2_E, 0)
+    delta = output_delta(o, d_o, d_lse)
+    lse = to_base_2(lse)
     d_o = pad_axis(d_o.astype(v.dtype), 2, padded.tile[0])
     statistics = [padded.statistics(pad_axis(x[:, :, None], 3, padded.tile[0])) for x in (lse, delta)]
     inputs = [*padded.inputs(), padded.of_queries(d_o), *statistics]
@@ -229,7 +226,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _probabilities(pair: Pair, refs, scale: float) -> tuple[Float[Array, "Q K"], Float[Array, "Q K"]]:
     """p, and the gradient of the scores before their scale."""
     *selected, q, k, v, d_o, lse, delta = refs
-    scores = product(q[0, 0], k[0, 0], 1, 1) * (scale * _LOG2_E)
+    scores = product(q[0, 0], k[0, 0], 1, 1) * (scale * LOG2_E)
     p = jnp.where(tile_mask(pair, selected), jnp.exp2(scores - column_of(lse[0, 0])), 0)
     d_p = product(d_o[0, 0], v[0, 0], 1, 1)
     return p, p * (d_p - column_of(delta[0, 0])) * scale

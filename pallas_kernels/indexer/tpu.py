@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.blocks import pad_axis, pad_visibility, round_up
+from pallas_kernels.blocks import LANES, pad_axis, pad_visibility, round_up
 from pallas_kernels.pairs import Operand, Pair, over_pairs, product
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.visibility import Visibility
 
-_LANES = 128
 _HEADS = 8  # whose contributions are summed before the tile is stored
 _QUERIES, _KEYS = 256, 1024  # of a forward tile
 _BACKWARD_KEYS = 512
@@ -107,7 +106,7 @@ _scores.defvjp(_scores_fwd, _scores_bwd)
 
 
 def _tile(q: Array, k: Array, most_keys: int) -> tuple[int, int]:
-    return min(_QUERIES, round_up(q.shape[1], 16)), min(most_keys, round_up(k.shape[1], _LANES))
+    return min(_QUERIES, round_up(q.shape[1], 16)), min(most_keys, round_up(k.shape[1], LANES))
 
 
 def _scores_operand(array, tile: tuple[int, int]) -> Operand:
@@ -117,10 +116,10 @@ def _scores_operand(array, tile: tuple[int, int]) -> Operand:
 def _pad(q: Array, k: Array, w: Array, visibility: Visibility, tile: tuple[int, int]) -> _Padded:
     """Whole tiles, whole groups of heads, and heads as wide as a row of lanes: what is added is zero."""
     queries, keys = tile
-    q = pad_axis(pad_axis(pad_axis(q, 3, _LANES), 2, _HEADS), 1, queries)
+    q = pad_axis(pad_axis(pad_axis(q, 3, LANES), 2, _HEADS), 1, queries)
     w = pad_axis(pad_axis(w.astype(jnp.float32), 2, _HEADS), 1, queries)
     w = w.reshape(*w.shape[:2], -1, _HEADS).swapaxes(1, 2)
-    k = pad_axis(pad_axis(k, 2, _LANES), 1, keys)
+    k = pad_axis(pad_axis(k, 2, LANES), 1, keys)
     return _Padded(q.reshape(*q.shape[:2], -1), k, w, pad_visibility(visibility, queries, keys))
 
 

@@ -6,7 +6,6 @@ XLA.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -17,12 +16,11 @@ from pallas_kernels.blocks import pad_axis
 from pallas_kernels.indexer_loss.reference import kl_rows
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
+from pallas_kernels.softmax import LOG2_E, LOW, to_base_2
 from pallas_kernels.sparse_mla.gpu import KEYS, Padded, pad, pad_heads, query_of, tile_of, tiles_of
 from pallas_kernels.triton import add_to_rows, call, dot, power_of_two
 
 _HEADS, _FEATURES = 128, 64  # at a time
-_LOG2_E = math.log2(math.e)
-_HIGH = 1e30  # log-sum-exp of a head or query that attends to nothing
 
 
 def sparse_indexer_loss(
@@ -50,9 +48,9 @@ def sparse_indexer_loss(
 
 def _target(padded: Padded, lse: Array, heads: int, scale: float) -> Float[Array, "B T K"]:
     """The attention of all heads to each listed key, averaged."""
-    lse = jnp.where(jnp.isfinite(lse), lse * _LOG2_E, _HIGH)
+    lse = to_base_2(lse, -LOW)
     missing = padded.q.shape[2] - heads
-    lse = jnp.pad(lse, [(0, 0), (0, 0), (0, missing)], constant_values=_HIGH)
+    lse = jnp.pad(lse, [(0, 0), (0, 0), (0, missing)], constant_values=-LOW)
     batch, queries, *_ = padded.q.shape
     (total,) = call(
         functools.partial(_target_kernel, latent=padded.latent, rope=padded.rope, scale=scale),
@@ -85,7 +83,7 @@ def _target_kernel(q, kv, indices, places, lse, out, *, latent: int, rope: int, 
 
             start = dot(kv[b, keys, ropes], q[b, t, heads, ropes].T)
             scores = jax.lax.fori_loop(0, latent // width, add_chunk, start)
-            p = jnp.exp2(scores * (scale * _LOG2_E) - lse[b, t, heads][None, :])
+            p = jnp.exp2(scores * (scale * LOG2_E) - lse[b, t, heads][None, :])
             return total + jnp.sum(jnp.where(is_key[:, None], p, 0), axis=1)
 
         out[b, t, where] = jax.lax.fori_loop(

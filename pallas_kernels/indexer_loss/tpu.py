@@ -9,7 +9,6 @@ registers, and at its end the four quarters of one.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -17,14 +16,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blocks import pad_axis
+from pallas_kernels.blocks import LANES, pad_axis
 from pallas_kernels.pairs import product
 from pallas_kernels.platform import tpu_cores, tpu_interpreter
 from pallas_kernels.selection import BITS
 from pallas_kernels.shapes import Array, Float, UInt32
+from pallas_kernels.softmax import LOG2_E, LOW, to_base_2
 from pallas_kernels.sparse_mla.union import (
     KEYS,
-    LANES,
     Gather,
     Scatter,
     Sizes,
@@ -40,9 +39,7 @@ from pallas_kernels.sparse_mla.union import (
     unpack,
 )
 
-_LOG2_E = math.log2(math.e)
 _COLUMNS = 512  # (head, query) pairs worked on at a time
-_LOW = -1e30  # the index score of a key that is not a query's: far below half of it, where the highest begins
 _ROWS = 8  # of statistics, one register deep
 
 
@@ -95,9 +92,9 @@ def _prepare(index_q, index_k, index_w, q, kv, lse, selected, cores: int = 1) ->
     # Nothing here tells latent from rotary part: any cut does that leaves whole rows of lanes before it.
     cut = max((width - 1) // (2 * LANES) * 2 * LANES, width // 2)
     operands, sizes = prepare(q, kv, selected, cut, cores, index_k)
-    lse = jnp.where(jnp.isfinite(lse), lse * _LOG2_E, -_LOW)
+    lse = to_base_2(lse, -LOW)
     missing = sizes.heads - lse.shape[2]
-    lse = jnp.pad(lse, [(0, 0), (0, 0), (0, missing)], constant_values=-_LOW)
+    lse = jnp.pad(lse, [(0, 0), (0, 0), (0, missing)], constant_values=-LOW)
     index_q = pad_queries(pad_axis(index_q, 3, LANES).astype(jnp.bfloat16), cores)
     index_w = pad_queries(index_w.astype(jnp.float32), cores)
     by_query = operands.q.reshape(sizes.batch, -1, sizes.heads, sizes.width)
@@ -178,7 +175,7 @@ def _forward_kernel(
 ):
     b, block = pl.program_id(0), pl.program_id(1)
     out[0, 0] = jnp.zeros(out.shape[2:], jnp.float32)
-    out[0, 0, 3:4] = jnp.full((1, LANES), _LOW / 2, jnp.float32)
+    out[0, 0, 3:4] = jnp.full((1, LANES), LOW / 2, jnp.float32)
 
     def measure_tile(tile, count):
         unpack(tile, count, block, sizes, keys, words, index_keys)
@@ -190,7 +187,7 @@ def _forward_kernel(
         out[0, 0, 0:1] += _over_keys(target * jnp.log(jnp.where(target > 0, target, 1)))
         out[0, 0, 1:2] += _over_keys(jnp.where(member, target * predicted, 0))
         out[0, 0, 2:3] += _over_keys(target)
-        predicted = jnp.where(member, predicted, _LOW)
+        predicted = jnp.where(member, predicted, LOW)
         before = out[0, 0, 3:4]
         highest = jnp.maximum(before, jnp.max(predicted, axis=0, keepdims=True))
         total = _over_keys(jnp.exp(predicted - highest))
@@ -231,7 +228,7 @@ def _attention(q, lse, keys, p, scale: float) -> None:
     p[...] = jnp.zeros_like(p)
 
     def add_heads(columns, lanes):
-        logits = product(keys[...], q[0, columns, :], 1, 1) * (scale * _LOG2_E)
+        logits = product(keys[...], q[0, columns, :], 1, 1) * (scale * LOG2_E)
         terms = jnp.exp2(logits - lse[0, 0, :, columns])
         p[...] += sum(terms[:, lane : lane + LANES] for lane in lanes)
 

@@ -11,17 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.blocks import pad_axis, pad_visibility, round_up
+from pallas_kernels.blocks import LANES, pad_axis, pad_visibility, round_up
 from pallas_kernels.dense_mla.reference import attended
 from pallas_kernels.dense_mla.tpu import column_of, pad_selected, selection_operands, tile_mask
 from pallas_kernels.indexer_loss.reference import kl_rows
 from pallas_kernels.pairs import Operand, Pair, over_pairs, product
 from pallas_kernels.selection import BITS
 from pallas_kernels.shapes import Array, Float, UInt32
+from pallas_kernels.softmax import LOG2_E, to_base_2
 from pallas_kernels.visibility import Visibility
 
-_LANES = 128
-_LOG2_E = math.log2(math.e)
 _TILE = 1024, 1024  # large: every head reads its queries and keys once for each
 
 
@@ -43,10 +42,10 @@ def dense_indexer_loss(
 def _target(q, k, lse, visibility, selected, scale) -> Float[Array, "B T S"]:
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
-    tile = min(_TILE[0], round_up(queries, BITS)), min(_TILE[1], round_up(keys, _LANES))
+    tile = min(_TILE[0], round_up(queries, BITS)), min(_TILE[1], round_up(keys, LANES))
     selected = pad_selected(selected, q, k, tile)
     q, k = (pad_axis(x, 2, size) for x, size in zip((q, k), tile, strict=True))
-    lse = pad_axis(jnp.where(jnp.isfinite(lse), lse * _LOG2_E, 0)[:, :, None], 3, tile[0])
+    lse = pad_axis(to_base_2(lse)[:, :, None], 3, tile[0])
     shape = (batch, q.shape[2], k.shape[2])
     pairs = math.prod(shape) * heads
     (target,) = over_pairs(
@@ -79,7 +78,7 @@ def _kernel(pair: Pair, *refs, scale: float, heads: int):
 
     @pl.when(pair.live)
     def _():
-        logits = product(q[0, 0], k[0, 0], 1, 1) * (scale * _LOG2_E)
+        logits = product(q[0, 0], k[0, 0], 1, 1) * (scale * LOG2_E)
         target[0] += jnp.exp2(logits - column_of(lse[0, 0]))
 
     @pl.when(pair.last)

@@ -8,7 +8,6 @@ multiplies the gradient of the scores with the keys once more, which gives the g
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,13 +19,12 @@ from pallas_kernels.blocks import pad_axis
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
+from pallas_kernels.softmax import LOG2_E, LOW, output_delta, to_base_2
 from pallas_kernels.triton import add_to_rows, call, dot, power_of_two
 
 KEYS = 64  # of a tile
 _FORWARD_HEADS, _BACKWARD_HEADS = 64, 128  # of a block, at most
 _FEATURES = 64  # of a chunk
-_LOW = -1e30  # the score of a place that holds no key: far below half of it, where the highest score begins
-_LOG2_E = math.log2(math.e)
 
 
 class Padded(NamedTuple):
@@ -143,8 +141,8 @@ def _forward_kernel(q, kv, indices, places, o, lse, *, group: int, latent: int, 
         total, before, sums = carry
         _, is_key, keys = tile_of(indices, b, t, i)
         c, r = kv[b, keys, latents], kv[b, keys, ropes]
-        scores = (dot(q_c, c.T) + dot(q_r, r.T)) * (scale * _LOG2_E)
-        scores = jnp.where(is_key[None, :], scores, _LOW)
+        scores = (dot(q_c, c.T) + dot(q_r, r.T)) * (scale * LOG2_E)
+        scores = jnp.where(is_key[None, :], scores, LOW)
         highest = jnp.maximum(before, jnp.max(scores, axis=1))
         p, shrink = jnp.exp2(scores - highest[:, None]), jnp.exp2(before - highest)
         total = total * shrink[:, None] + dot(p.astype(c.dtype), c)
@@ -152,13 +150,13 @@ def _forward_kernel(q, kv, indices, places, o, lse, *, group: int, latent: int, 
 
     start = (
         jnp.zeros((group, latent), jnp.float32),
-        jnp.full((group,), _LOW / 2, jnp.float32),
+        jnp.full((group,), LOW / 2, jnp.float32),
         jnp.zeros((group,), jnp.float32),
     )
     total, highest, sums = jax.lax.fori_loop(0, tiles_of(places, b, t), attend_tile, start)
     divisor = jnp.where(sums > 0, sums, 1)
     o[b, t, heads, latents] = (total / divisor[:, None]).astype(o.dtype)
-    lse[b, t, heads] = jnp.where(sums > 0, highest / _LOG2_E + jnp.log(divisor), -jnp.inf)
+    lse[b, t, heads] = jnp.where(sums > 0, highest / LOG2_E + jnp.log(divisor), -jnp.inf)
 
 
 def _attend_bwd(latent_dim, scale, residuals, gradients):
@@ -166,8 +164,8 @@ def _attend_bwd(latent_dim, scale, residuals, gradients):
     d_o, d_lse = gradients
     padded = pad(q, kv, indices, latent_dim)
     batch, queries, heads, width = padded.q.shape
-    delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
-    lse = jnp.where(jnp.isfinite(lse), lse * _LOG2_E, 0)
+    delta = output_delta(o, d_o, d_lse)
+    lse = to_base_2(lse)
     d_o = pad_heads(pad_axis(d_o.astype(kv.dtype), 3, padded.latent))
     group = min(heads, _BACKWARD_HEADS)
     grid = batch * queries, heads // group
@@ -240,7 +238,7 @@ def _key_gradient_kernel(
 
         start = dot(kv[b, keys, ropes], q[b, t, heads, ropes].T), jnp.zeros((KEYS, group), jnp.float32)
         scores, d_p = jax.lax.fori_loop(0, latent // width, add_chunk, start)
-        p = jnp.exp2(scores * (scale * _LOG2_E) - lse[b, t, heads][None, :])
+        p = jnp.exp2(scores * (scale * LOG2_E) - lse[b, t, heads][None, :])
         p = jnp.where(is_key[:, None], p, 0)
         d_scores = (p * (d_p - delta[b, t, heads][None, :]) * scale).astype(kv.dtype)
         p = p.astype(kv.dtype)

@@ -10,7 +10,7 @@ from pallas_kernels.accumulate import einsum
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
-from pallas_kernels.softmax import exp_minus, sum_exp
+from pallas_kernels.softmax import exp_minus, output_delta, sum_exp
 
 
 def gather_rows(rows: Float[Array, "B S X"], indices: Int[Array, "B T K"]) -> Float[Array, "B T K X"]:
@@ -66,7 +66,7 @@ def _backward(latent_dim, scale, residuals, gradients):
     d_o, d_lse = gradients
     selected = gather_rows(kv, indices)
     p = exp_minus(selected_scores(q, selected, indices, scale), lse)
-    delta = jnp.sum(o.astype(lse.dtype) * d_o.astype(lse.dtype), axis=-1) - d_lse
+    delta = output_delta(o, d_o, d_lse)
     d_p = einsum("bthc,btkc->bthk", d_o, selected[..., :latent_dim])
     d_scores = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
     d_q = einsum("bthk,btkx->bthx", d_scores, selected)

@@ -7,7 +7,6 @@ one device has an accumulator for each.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +14,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blocks import pad_axis, round_up
+from pallas_kernels.blocks import LANES, pad_axis, round_up
 from pallas_kernels.pairs import product
 from pallas_kernels.platform import tpu_cores, tpu_interpreter
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.shapes import Array, Float, UInt32
+from pallas_kernels.softmax import LOG2_E, LOW, output_delta, to_base_2
 from pallas_kernels.sparse_mla.union import (
     KEYS,
-    LANES,
     Gather,
     Scatter,
     columns_of,
@@ -38,9 +37,6 @@ from pallas_kernels.sparse_mla.union import (
     union_spec,
     unpack,
 )
-
-_LOW = -1e30  # the score of a key that is not a query's: far below half of it, where the highest score begins
-_LOG2_E = math.log2(math.e)  # powers of two are what the hardware has
 
 
 def sparse_mla(
@@ -97,7 +93,7 @@ def _forward_kernel(
     b, block = pl.program_id(0), pl.program_id(1)
     chunks = sizes.columns // sizes.chunk
     total[...] = jnp.zeros_like(total)
-    statistics[0] = jnp.full(statistics.shape[1:], _LOW / 2, jnp.float32)
+    statistics[0] = jnp.full(statistics.shape[1:], LOW / 2, jnp.float32)
     statistics[1] = jnp.zeros(statistics.shape[1:], jnp.float32)
 
     def attend_tile(tile, count):
@@ -107,8 +103,8 @@ def _forward_kernel(
 
     def attend_columns(c, _):
         columns = columns_of(c, sizes)
-        scores = product(keys[...], q[0, columns, :], 1, 1) * (scale * _LOG2_E)
-        scores = jnp.where(is_member(words, c, sizes), scores, _LOW)
+        scores = product(keys[...], q[0, columns, :], 1, 1) * (scale * LOG2_E)
+        scores = jnp.where(is_member(words, c, sizes), scores, LOW)
         highest = jnp.maximum(statistics[0, :, columns], jnp.max(scores, axis=0, keepdims=True))
         p = jnp.exp2(scores - highest)
         shrink = jnp.exp2(statistics[0, :, columns] - highest)
@@ -121,7 +117,7 @@ def _forward_kernel(
         columns = columns_of(c, sizes)
         sums = statistics[1, :, columns]
         seen = sums > 0
-        natural = statistics[0, :, columns] / _LOG2_E + jnp.log(jnp.where(seen, sums, 1))
+        natural = statistics[0, :, columns] / LOG2_E + jnp.log(jnp.where(seen, sums, 1))
         lse[0, 0, :, columns] = jnp.where(seen, natural, -jnp.inf)
         o[0, columns, :] = (total[:, columns] / jnp.where(seen, sums, 1)).T.astype(o.dtype)
         return 0
@@ -141,8 +137,8 @@ def _attend_bwd(latent_dim, scale, residuals, gradients):
     d_o, d_lse = gradients
     cores = tpu_cores()
     operands, sizes = prepare(q, kv, selected, latent_dim, cores)
-    delta = jnp.sum(o.astype(jnp.float32) * d_o.astype(jnp.float32), axis=-1) - d_lse
-    lse = jnp.where(jnp.isfinite(lse), lse * _LOG2_E, 0)
+    delta = output_delta(o, d_o, d_lse)
+    lse = to_base_2(lse)
     d_o = pad_queries(pad_axis(d_o, 3, 2 * LANES).astype(jnp.bfloat16), cores)
     lse, delta = (
         pad_queries(x, cores).reshape(sizes.batch, sizes.blocks, 1, sizes.columns) for x in (lse, delta)
@@ -241,8 +237,8 @@ def _backward_kernel(
     def differentiate_columns(c, _):
         columns = columns_of(c, sizes)
         queries, d_outputs = q[0, columns, :], d_o[0, columns, :]
-        scores = product(keys[...], queries, 1, 1) * (scale * _LOG2_E)
-        scores = jnp.where(is_member(words, c, sizes), scores, _LOW)
+        scores = product(keys[...], queries, 1, 1) * (scale * LOG2_E)
+        scores = jnp.where(is_member(words, c, sizes), scores, LOW)
         p = jnp.exp2(scores - lse[0, 0, :, columns])
         d_p = product(keys[:, : sizes.latent], d_outputs, 1, 1)
         d_scores = (p * (d_p - delta[0, 0, :, columns]) * scale).astype(keys.dtype)

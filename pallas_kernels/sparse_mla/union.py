@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blocks import pad_axis, round_up
+from pallas_kernels.blocks import LANES, pad_axis, round_up
 from pallas_kernels.selection import BITS, require_mask
 from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
 
-LANES = 128
 KEYS = 512  # of a tile
 COLUMNS = 512  # (query, head) pairs that are attended at a time
 Ref = Any  # a piece of some memory, as a kernel sees it

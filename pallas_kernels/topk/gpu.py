@@ -16,13 +16,13 @@ from jax.experimental import pallas as pl
 from pallas_kernels.blocks import round_up
 from pallas_kernels.selection import pack_mask
 from pallas_kernels.shapes import Array, Float, Int, UInt32
+from pallas_kernels.topk.order import MINUS_INFINITY, ordered
 from pallas_kernels.topk.reference import highest
 from pallas_kernels.triton import barrier, call, store_where
 
 _CHUNK = 2048  # keys at a time, and of the sample
 _PROGRAMS = 264  # that share the rows: two for each multiprocessor of a large GPU, with room of their own
 _LOWEST, _HIGHEST = -(1 << 31), (1 << 31) - 1
-_MINUS_INFINITY = -0x7F800001  # as an integer in order: no key
 
 
 def topk_indices(scores: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
@@ -53,12 +53,6 @@ def topk_indices(scores: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
 def topk_mask(scores: Float[Array, "B T S"], k: int) -> UInt32[Array, "B W S"]:
     """See ``api.topk_mask``: for short sequences; the reference's passes over the scores, as XLA makes them."""
     return pack_mask(highest(scores, k))
-
-
-def _ordered(scores: Float[Array, "N"]) -> Int[Array, "N"]:
-    """Integers in the order of the scores; both zeros are 0."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0.0, 0.0, scores), jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _number(condition: Array) -> Int[Array, ""]:
@@ -92,7 +86,7 @@ def _select_row(scores, indices, collected, row, program, length: int, k: int, p
     nowhere = collected.shape[1] - 1
 
     def keys_of(c):
-        return _ordered(scores[row, pl.ds(c * _CHUNK, _CHUNK)])
+        return ordered(scores[row, pl.ds(c * _CHUNK, _CHUNK)])
 
     def collect(low, high, chunks):
         """How many keys are above ``high``, and how many from ``low`` to it were collected."""
@@ -106,7 +100,7 @@ def _select_row(scores, indices, collected, row, program, length: int, k: int, p
 
         return jax.lax.fori_loop(0, chunks, step, (jnp.int32(0), jnp.int32(0)))
 
-    sample = _ordered(scores[row, lane * chunks])
+    sample = ordered(scores[row, lane * chunks])
     expected, spread = k / chunks, 4 * math.sqrt(k / chunks) + 1
 
     def of_sample(rank: float):
@@ -134,7 +128,7 @@ def _select_row(scores, indices, collected, row, program, length: int, k: int, p
 
     def write(c, counts):
         keys = keys_of(c)
-        tied = (keys == threshold) & (keys > _MINUS_INFINITY)
+        tied = (keys == threshold) & (keys > MINUS_INFINITY)
         rank = counts[1] + jnp.cumsum(tied.astype(jnp.int32))
         chosen = (keys > threshold) | (tied & (rank <= room))
         place = counts[0] + jnp.cumsum(chosen.astype(jnp.int32)) - 1

@@ -9,17 +9,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.selection import pack_mask
 from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
+from pallas_kernels.topk.order import ordered
 
 _CHUNK = 128  # keys whose running count is one product with a triangular matrix
 
 
 def _ordered_bits(scores: Float[Array, "*B S"]) -> UInt32[Array, "*B S"]:
-    """Unsigned integers in the order of the float32 scores, at least 1 for every number."""
-    scores = scores.astype(jnp.float32)
-    scores = jnp.where(scores == 0, 0.0, scores)  # one pattern for both zeros: they tie
-    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits & sign, ~bits, bits | sign)
+    """Unsigned integers in the order of the scores, at least 1 for every number."""
+    return jax.lax.bitcast_convert_type(ordered(scores.astype(jnp.float32)), jnp.uint32) ^ jnp.uint32(1 << 31)
 
 
 def _count(mask: Bool[Array, "*B S"]) -> Float[Array, "*B 1"]:

@@ -13,19 +13,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blocks import pad_axis
+from pallas_kernels.blocks import LANES, pad_axis
 from pallas_kernels.platform import UnsupportedError, tpu_interpreter
 from pallas_kernels.selection import BITS, unpack_mask
 from pallas_kernels.shapes import Array, Float, Int, UInt32
+from pallas_kernels.topk.order import MINUS_INFINITY, ordered
 from pallas_kernels.topk.reference import indices_of
 
-_LANES = 128
 _ROWS = 16  # a block: two registers deep, so that one's reduction hides behind the other's
-_CHUNK = 16 * _LANES  # keys a step of a pass
+_CHUNK = 16 * LANES  # keys a step of a pass
 _VMEM_BYTES = 56 << 20
 _MOST_KEYS = _VMEM_BYTES // (3 * 4 * _ROWS) // _CHUNK * _CHUNK  # two buffers of scores and the integers
 _LOWEST = jnp.iinfo(jnp.int32).min
-_MINUS_INFINITY = -0x7F800001  # as an integer in order: no key
 
 
 def topk_mask(scores: Float[Array, "B T S"], k: int) -> UInt32[Array, "B W S"]:
@@ -36,19 +35,13 @@ def topk_mask(scores: Float[Array, "B T S"], k: int) -> UInt32[Array, "B W S"]:
     if k < length:
         limits = _thresholds(scores, k)
     else:
-        limits = jnp.broadcast_to(jnp.array([_MINUS_INFINITY, 0], jnp.int32), (*scores.shape[:2], 2))
+        limits = jnp.broadcast_to(jnp.array([MINUS_INFINITY, 0], jnp.int32), (*scores.shape[:2], 2))
     return _packed(scores, limits, rows)[..., :length]
 
 
 def topk_indices(scores: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
     """See ``api.topk_indices``."""
     return indices_of(unpack_mask(topk_mask(scores, k), scores.shape[1]), k)
-
-
-def _ordered(scores: Float[Array, "*B S"]) -> Int[Array, "*B S"]:
-    """Integers in the order of the scores; both zeros are 0."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
 def _thresholds(scores: Float[Array, "B T S"], k: int) -> Int[Array, "B T 2"]:
@@ -81,7 +74,7 @@ def _threshold_kernel(scores, out, keys, *, k):
 
     def order(c, _):
         place = _chunk(c)
-        keys[:, place] = _ordered(scores[0, :, place])
+        keys[:, place] = ordered(scores[0, :, place])
         return 0
 
     jax.lax.fori_loop(0, chunks, order, 0)
@@ -91,12 +84,12 @@ def _threshold_kernel(scores, out, keys, *, k):
 
         def add(c, total):
             chunk = keys[:, _chunk(c)]
-            for lane in range(0, _CHUNK, _LANES):
-                index = c * _CHUNK + lane + jax.lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
-                total += jnp.where(condition(chunk[:, lane : lane + _LANES], index), 1, 0)
+            for lane in range(0, _CHUNK, LANES):
+                index = c * _CHUNK + lane + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+                total += jnp.where(condition(chunk[:, lane : lane + LANES], index), 1, 0)
             return total
 
-        total = jax.lax.fori_loop(0, chunks, add, jnp.zeros((_ROWS, _LANES), jnp.int32))
+        total = jax.lax.fori_loop(0, chunks, add, jnp.zeros((_ROWS, LANES), jnp.int32))
         return jnp.sum(total, axis=1, keepdims=True)
 
     def set_value_bit(i, threshold):
@@ -108,7 +101,7 @@ def _threshold_kernel(scores, out, keys, *, k):
     threshold = jax.lax.fori_loop(0, 32, set_value_bit, lowest)
     room = k - count(lambda x, _: x > threshold)
     tied = count(lambda x, _: x == threshold)
-    is_key = threshold > _MINUS_INFINITY
+    is_key = threshold > MINUS_INFINITY
     out[0] = jnp.concatenate([threshold, jnp.where(is_key, keys.shape[1], 0)], axis=1)
 
     @pl.when(jnp.max(jnp.where(is_key, tied - room, 0)) > 0)
@@ -148,7 +141,7 @@ def _packed(scores: Float[Array, "B T S"], limits: Int[Array, "B T 2"], rows: in
 
 
 def _packing_kernel(scores, limits, out, *, rows):
-    keys = _ordered(scores[0])
+    keys = ordered(scores[0])
     threshold, end = limits[0, :, 0:1], limits[0, :, 1:2]
     index = pl.program_id(2) * _CHUNK + jax.lax.broadcasted_iota(jnp.int32, (1, _CHUNK), 1)
     place = jax.lax.broadcasted_iota(jnp.int32, (BITS, 1), 0)
