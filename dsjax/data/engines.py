@@ -5,11 +5,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from multiprocessing.connection import wait as wait_for_end
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,31 +48,21 @@ def run_processes(plan: Plan, watch: Watch, workers: int) -> None:
     """
     context = multiprocessing.get_context("spawn")
     done = context.Value("q", 0)
+    pool: list[Connection] = []
     try:
-        with ProcessPoolExecutor(workers, context, _begin_worker, (done,)) as pool:
-            try:
-                for stage, pending in stages_to_do(plan):
-                    with begun(stage, plan, pending, watch) as bar:
-                        if stage.tasks(plan) == 1:
-                            stage.run(plan, 0, bar.advance)
-                            continue
-                        done.value = 0
-                        _watched(
-                            [pool.submit(do_task, plan.folder, stage.name, task) for task in pending],
-                            done,
-                            bar,
-                        )
-            except BaseException:
-                # Else the pool would wait for tasks under way, which may take minutes.
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    except BrokenProcessPool:
-        raise ConfigError(
-            "a worker process was killed, perhaps for want of memory: run the same command again, with fewer workers, "
-            "and it goes on where it was"
-        ) from None
+        for stage, pending in stages_to_do(plan):
+            with begun(stage, plan, pending, watch) as bar:
+                if stage.tasks(plan) == 1:
+                    stage.run(plan, 0, bar.advance)
+                    continue
+                pool = pool or [_start_worker(context, done) for _ in range(workers)]
+                done.value = 0
+                _do_tasks(pool, [(plan.folder, stage.name, task) for task in pending], done, bar)
+    finally:
+        # They have nothing to do, or what they do takes minutes and nobody wants it any more.
+        for process in multiprocessing.active_children():
+            process.terminate()
+            process.join()
 
 
 def stages_to_do(plan: Plan) -> Iterator[tuple[Stage, list[int]]]:
@@ -91,33 +81,75 @@ def begun(stage: Stage, plan: Plan, pending: list[int], watch: Watch) -> Iterato
         yield bar
 
 
-def _watched(futures: list[Future[None]], done: Any, bar: Bar) -> None:
-    """Waits for tasks while the bar moves; raises what the first of them raised."""
-    shown = 0
-    waiting = set(futures)
-    while waiting:
-        finished, waiting = wait(waiting, _POLL_SECONDS, FIRST_EXCEPTION)
-        for future in finished:
-            future.result()
-        bar.advance(done.value - shown)
-        shown = done.value
+def _do_tasks(pool: list[Connection], tasks: Iterable[tuple], done: Any, bar: Bar) -> None:
+    """Has the workers do tasks, one at a time each, while the bar moves; raises what the first to fail raised."""
+    left, busy, shown = iter(tasks), set(), 0
+
+    def give(worker: Connection) -> None:
+        if task := next(left, None):
+            with _alive():
+                worker.send(task)
+            busy.add(worker)
+
+    for worker in pool:
+        give(worker)
+    while busy:
+        for worker in wait(busy, _POLL_SECONDS):
+            busy.remove(worker)
+            with _alive():
+                error = worker.recv()
+            if error:
+                raise error
+            give(worker)
+        now = done.get_obj().value  # without its lock, which a killed worker may have held
+        bar.advance(now - shown)
+        shown = now
+
+
+@contextlib.contextmanager
+def _alive() -> Iterator[None]:
+    """Talking to a worker; raises ConfigError where it is not there any more."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise ConfigError(
+            "a worker process was killed, perhaps for want of memory: run the same command again, with fewer workers, "
+            "and it goes on where it was"
+        ) from None
+
+
+def _start_worker(context: SpawnContext, done: Any) -> Connection:
+    """A process that does the tasks sent to it, and answers each with what it raised or None."""
+    ours, its = context.Pipe()
+    context.Process(target=_work, args=(its, done), daemon=True).start()
+    its.close()
+    return ours
 
 
 _done: Any = None
 
 
-def _begin_worker(done: Any) -> None:
+def _work(tasks: Connection, done: Any) -> None:
     global _done
     _done = done
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a word: the parent says what there is to say
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it, and says what there is to say
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        task = tasks.recv()
+        try:
+            do_task(*task)
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            tasks.send(error)
+        else:
+            tasks.send(None)
 
 
 def _end_with_parent() -> None:
     """A killed parent cannot end its workers, which would write where the next start does."""
     parent = multiprocessing.parent_process()
     if parent:
-        wait_for_end([parent.sentinel])
+        wait([parent.sentinel])
         os._exit(1)
 
 
