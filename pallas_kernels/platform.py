@@ -48,6 +48,11 @@ def tpu_cores() -> int:
     return 1 if tpu_interpreter() else pltpu.get_tpu_info().num_cores
 
 
+def tpu_multiplies(dtype) -> bool:
+    """Whether the matrix unit takes two operands of this dtype as they are."""
+    return not tpu_interpreter() and pltpu.get_tpu_info().is_matmul_supported(dtype, dtype)
+
+
 def gpu_interpreter() -> bool:
     """What a GPU kernel passes as ``interpret``."""
     return _interpreted.value[0] == "gpu"

@@ -4,6 +4,8 @@ Forward: for each head the tile of q [Q, J] meets the keys [K, J]; ReLU, weight 
 with ``g = dI · 1[q·k > 0]``: one kernel for a block of queries and a head, over the keys it may see, gives
 ``dq = w · (g k)`` and ``dw = q · (g k)``; one for a block of keys, over queries and heads, gives
 ``dk = Σ_n gᵀ (w q)``. Blocks in which nobody sees anybody cost a row of -inf.
+
+Operands in e4m3 are multiplied as they are.
 """
 
 import functools
@@ -46,20 +48,29 @@ class _Padded(NamedTuple):
 
 
 def index_scores(
-    q: Float[Array, "B T N J"], k: Float[Array, "B S J"], w: Float[Array, "B T N"], visibility: Visibility
+    q: Float[Array, "B T N J"],
+    k: Float[Array, "B S J"],
+    w: Float[Array, "B T N"],
+    visibility: Visibility,
+    k_scale: Float[Array, "B S"] | None = None,
 ) -> Float[Array, "B T S"]:
     """See ``api.index_scores``."""
-    return _scores(q, k, w, visibility)
+    return _scores(q, k, w, visibility) if k_scale is None else _forward(q, k, w, visibility, k_scale)
 
 
 @jax.custom_vjp
 def _scores(q, k, w, visibility):
+    return _forward(q, k, w, visibility)
+
+
+def _forward(q, k, w, visibility, k_scale=None):
     tile = _tile(q, k, _QUERIES)
     padded = _pad(q, k, w, visibility, tile)
     live = live_blocks(padded.visibility, *tile)
+    scale = [] if k_scale is None else [pad_axis(k_scale.astype(jnp.float32), 1, tile[1])]
     (scores,) = call(
         functools.partial(_forward_kernel, tile=tile),
-        [*padded, live],
+        [*padded, live, *scale],
         name="index_scores",
         grid=(live.shape[0] * live.shape[1], live.shape[2]),
         out_shape=[jax.ShapeDtypeStruct((q.shape[0], padded.q.shape[1], padded.k.shape[1]), jnp.float32)],
@@ -115,7 +126,7 @@ def _tile(q: Array, k: Array, most_queries: int) -> tuple[int, int]:
 
 def _pad(q: Array, k: Array, w: Array, visibility: Visibility, tile: tuple[int, int]) -> _Padded:
     """Whole tiles, and heads that are a power of two wide: what is added is zero."""
-    width = power_of_two(q.shape[3])
+    width = max(power_of_two(q.shape[3]), 32 // q.dtype.itemsize)  # the least a matrix product takes
     q, k = pad_axis(pad_axis(q, 3, width), 1, tile[0]), pad_axis(pad_axis(k, 2, width), 1, tile[1])
     w = pad_axis(w.astype(jnp.float32), 1, tile[0])
     return _Padded(q, k, w, *pad_visibility(visibility, *tile))
@@ -135,7 +146,11 @@ def _visible(query_index, query_segment, key_segment, b, queries, j, keys: int):
     return (key[None, :] <= query_index[b, queries][:, None]) & same & (segment != 0)
 
 
-def _forward_kernel(q, k, w, query_index, query_segment, key_segment, live, out, *, tile: tuple[int, int]):
+def _forward_kernel(
+    q, k, w, query_index, query_segment, key_segment, live, *scale_and_out, tile: tuple[int, int]
+):
+    """One tile of scores; ``k_scale`` comes with keys in e4m3 alone."""
+    *scale, out = scale_and_out
     row, j, blocks = pl.program_id(0), pl.program_id(1), live.shape[1]
     b, i = row // blocks, row % blocks
     queries, keys = pl.ds(i * tile[0], tile[0]), pl.ds(j * tile[1], tile[1])
@@ -148,6 +163,8 @@ def _forward_kernel(q, k, w, query_index, query_segment, key_segment, live, out,
 
     heads = live[b, i, j] * q.shape[2]  # none where there is nothing to do
     total = jax.lax.fori_loop(0, heads, add_head, jnp.zeros(tile, jnp.float32))
+    for of_keys in scale:
+        total *= of_keys[b, keys][None, :]
     visible = _visible(query_index, query_segment, key_segment, b, queries, j, tile[1])
     out[b, queries, keys] = jnp.where(visible, total, -jnp.inf)
 

@@ -9,11 +9,19 @@ from pallas_kernels.visibility import Visibility
 
 
 def index_scores(
-    q: Float[Array, "B T N J"], k: Float[Array, "B S J"], w: Float[Array, "B T N"], visibility: Visibility
+    q: Float[Array, "B T N J"],
+    k: Float[Array, "B S J"],
+    w: Float[Array, "B T N"],
+    visibility: Visibility,
+    k_scale: Float[Array, "B S"] | None = None,
 ) -> Float[Array, "B T S"]:
-    """``Σ_n w · ReLU(q · k)``: see ``api.index_scores``."""
-    products = einsum("btnj,bsj->btns", q, k)
-    return jnp.where(visibility.mask(), _weighted(products, w), -jnp.inf)
+    """``Σ_n w · ReLU(q · k) · k_scale``: see ``api.index_scores``."""
+    if q.dtype == jnp.float8_e4m3fn:
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    scores = _weighted(einsum("btnj,bsj->btns", q, k), w)
+    if k_scale is not None:
+        scores *= k_scale[:, None, :]
+    return jnp.where(visibility.mask(), scores, -jnp.inf)
 
 
 def listed_index_scores(

@@ -6,6 +6,9 @@ ReLU, weight and sum follow in the VPU. Eight heads at a time: the sum is loaded
 Backward, with ``g = dI · 1[q·k > 0]``: ``dq = w · (g k)``, ``dw = q · (g k)`` (the same product: the sum over keys of
 ``g (q·k)`` is ``q · Σ g k``) and ``dk = Σ_n gᵀ (w q)``. The scores are computed again in each of the two kernels.
 Pairs of blocks in which nobody sees anybody are skipped everywhere.
+
+Operands in e4m3 are multiplied as they are where the matrix unit takes them (tpu7x). Elsewhere they become bfloat16,
+which holds each of them exactly: queries beforehand, keys as their tile arrives in VMEM.
 """
 
 from typing import NamedTuple
@@ -16,6 +19,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import LANES, pad_axis, pad_visibility, round_up
 from pallas_kernels.pairs import Operand, Pair, over_pairs, product
+from pallas_kernels.platform import tpu_multiplies
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.visibility import Visibility
 
@@ -54,21 +58,35 @@ class _Padded(NamedTuple):
 
 
 def index_scores(
-    q: Float[Array, "B T N J"], k: Float[Array, "B S J"], w: Float[Array, "B T N"], visibility: Visibility
+    q: Float[Array, "B T N J"],
+    k: Float[Array, "B S J"],
+    w: Float[Array, "B T N"],
+    visibility: Visibility,
+    k_scale: Float[Array, "B S"] | None = None,
 ) -> Float[Array, "B T S"]:
     """See ``api.index_scores``."""
-    return _scores(q, k, w, visibility)
+    if k_scale is None:
+        return _scores(q, k, w, visibility)
+    return _forward(q if tpu_multiplies(q.dtype) else q.astype(jnp.bfloat16), k, w, visibility, k_scale)
 
 
 @jax.custom_vjp
 def _scores(q: Array, k: Array, w: Array, visibility: Visibility) -> Array:
+    return _forward(q, k, w, visibility)
+
+
+def _forward(q: Array, k: Array, w: Array, visibility: Visibility, k_scale: Array | None = None) -> Array:
     tile = _tile(q, k, _KEYS)
     padded = _pad(q, k, w, visibility, tile)
+    inputs = padded.inputs(tile)
+    if k_scale is not None:
+        scales = pad_axis(k_scale.astype(jnp.float32), 1, tile[1])[:, None, :]
+        inputs.append(Operand(scales, (1, 1, tile[1]), lambda b, h, i, j: (b, 0, j)))
     shape = jax.ShapeDtypeStruct((q.shape[0], padded.q.shape[1], padded.k.shape[1]), jnp.float32)
     out = _scores_operand(shape, tile)
     (scores,) = over_pairs(
         _forward_kernel,
-        padded.inputs(tile),
+        inputs,
         [out],
         padded.visibility,
         tile,
@@ -106,7 +124,8 @@ _scores.defvjp(_scores_fwd, _scores_bwd)
 
 
 def _tile(q: Array, k: Array, most_keys: int) -> tuple[int, int]:
-    return min(_QUERIES, round_up(q.shape[1], 16)), min(most_keys, round_up(k.shape[1], LANES))
+    rows = max(16, 32 // q.dtype.itemsize)  # of a register
+    return min(_QUERIES, round_up(q.shape[1], rows)), min(most_keys, round_up(k.shape[1], LANES))
 
 
 def _scores_operand(array, tile: tuple[int, int]) -> Operand:
@@ -127,13 +146,14 @@ def _lanes_of(head: Int[Array, ""], width: int):
     return pl.ds(pl.multiple_of(head * width, width), width)
 
 
-def _forward_kernel(pair: Pair, q, k, w, out):
-    """One tile of scores."""
+def _forward_kernel(pair: Pair, q, k, w, *scale_and_out):
+    """One tile of scores; ``k_scale`` comes with keys in e4m3 alone."""
+    *scale, out = scale_and_out
     width = k.shape[2]
 
     @pl.when(pair.live)
     def _():
-        keys = k[0]
+        keys = k[0].astype(q.dtype)
 
         def group(g, _):
             total = out[0]
@@ -145,7 +165,10 @@ def _forward_kernel(pair: Pair, q, k, w, out):
 
         out[0] = jnp.zeros(out.shape[1:], jnp.float32)
         jax.lax.fori_loop(0, w.shape[1], group, 0)
-        out[0] = jnp.where(pair.visible(), out[0], -jnp.inf)
+        total = out[0]
+        for of_keys in scale:
+            total *= of_keys[0]
+        out[0] = jnp.where(pair.visible(), total, -jnp.inf)
 
     @pl.when(jnp.logical_not(pair.live))
     def _():
