@@ -112,13 +112,23 @@ class MultiHeadLatentAttention(nnx.Module):
         if not with_indexer_loss:
             index, index_key = jax.lax.stop_gradient((queries.indexer, latents.index_key))
             queries, latents = queries._replace(indexer=index), latents._replace(index_key=index_key)
-        number = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), segment_ids.shape)
-        block_queries = _BlockQueries(queries, number, segment_ids)
-        if x.shape[1] <= self.config.dense_attention_max_length or not self.indexer:
-            o, kl = self._attend_mha(block_queries, latents, segment_ids, with_indexer_loss)
-        else:
-            o, kl = self._attend_mqa(block_queries, latents, segment_ids, with_indexer_loss)
+        o, kl = self.attend(queries, latents, segment_ids, with_indexer_loss=with_indexer_loss)
         return self.o_proj(o), kl, latents
+
+    def attend(
+        self,
+        queries: Queries,
+        latents: Latents,
+        segment_ids: Int[Array, "B T"],
+        *,
+        with_indexer_loss: bool = False,
+    ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T"]]:
+        """Outputs of the heads and indexer KL, from the projections of a sequence."""
+        number = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+        block_queries = _BlockQueries(queries, number, segment_ids)
+        if segment_ids.shape[1] <= self.config.dense_attention_max_length or not self.indexer:
+            return self._attend_mha(block_queries, latents, segment_ids, with_indexer_loss)
+        return self._attend_mqa(block_queries, latents, segment_ids, with_indexer_loss)
 
     def decode(
         self, x: Float[Array, "B T D"], rope: Rope, number: Int[Array, "B T"], cache: Latents
