@@ -46,12 +46,16 @@ def _scores(q: Array, k: Array, w: Array) -> Array:
     if q.shape[1] <= _FEW:
         return _over_heads(einsum("btnj,bsj->btns", q, k), w)
 
-    def add_head(n, total):
-        products = einsum("btj,bsj->bts", q[:, :, n], k)
-        return total + w[:, :, n, None] * jax.nn.relu(products)
+    def add_head(total, head):
+        q_n, w_n = head
+        return total + w_n[..., None] * jax.nn.relu(einsum("btj,bsj->bts", q_n, k)), None
 
     start = jnp.zeros((*q.shape[:2], k.shape[1]), wide(q.dtype))
-    return jax.lax.fori_loop(0, q.shape[2], add_head, start)
+    return jax.lax.scan(add_head, start, _by_head(q, w))[0]
+
+
+def _by_head(q: Array, w: Array) -> tuple[Array, Array]:
+    return jnp.moveaxis(q, 2, 0), jnp.moveaxis(w, 2, 0)
 
 
 def _scores_fwd(q, k, w):
@@ -71,8 +75,7 @@ def _scores_bwd(residuals, d_scores):
         return d_k, (d_raw * w_n[..., None], jnp.sum(d_raw * q_n, axis=-1))
 
     start = jnp.zeros(k.shape, d_scores.dtype)
-    heads = jnp.moveaxis(q, 2, 0), jnp.moveaxis(w, 2, 0)
-    d_k, (d_q, d_w) = jax.lax.scan(add_head, start, heads)
+    d_k, (d_q, d_w) = jax.lax.scan(add_head, start, _by_head(q, w))
     d_q, d_w = jnp.moveaxis(d_q, 0, 2), jnp.moveaxis(d_w, 0, 2)
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_w.astype(w.dtype)
 
