@@ -81,6 +81,23 @@ def power_of_two(n: int) -> int:
     return max(LEAST, 1 << (n - 1).bit_length())
 
 
+def parts(width: int) -> list[pl.Slice]:
+    """A multiple of ``LEAST`` cut into powers of two, the largest first."""
+    slices, start = [], 0
+    while start < width:
+        size = 1 << ((width - start).bit_length() - 1)
+        slices.append(pl.ds(start, size))
+        start += size
+    return slices
+
+
+def span(live: Array) -> tuple[Array, Array]:
+    """Of rows [B, I, J] of blocks with anything to do: the first, and the one after the last."""
+    place = jnp.arange(live.shape[2], dtype=jnp.int32)
+    first = jnp.min(jnp.where(live, place, live.shape[2]), axis=-1)
+    return first, jnp.max(jnp.where(live, place + 1, 0), axis=-1)
+
+
 def dot(a: Array, b: Array) -> Array:
     """A matrix product with float32 accumulation; float32 operands keep their precision."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None

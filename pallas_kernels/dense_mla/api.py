@@ -1,6 +1,6 @@
 """Masked multi-head attention."""
 
-from pallas_kernels.dense_mla import reference, tpu
+from pallas_kernels.dense_mla import gpu, reference, tpu
 from pallas_kernels.platform import choose
 from pallas_kernels.shapes import Array, Float, UInt32
 from pallas_kernels.visibility import Visibility
@@ -25,6 +25,6 @@ def dense_mla(
 
     Source: V2 report §2.1 (MHA form of MLA).
     """
-    available = {"reference": reference.dense_mla, "tpu": tpu.dense_mla}
+    available = {"reference": reference.dense_mla, "tpu": tpu.dense_mla, "gpu": gpu.dense_mla}
     chosen = choose("dense_mla", implementation, available)
     return chosen(q, k, v, visibility, selected, scale=scale)

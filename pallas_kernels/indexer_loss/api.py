@@ -1,6 +1,6 @@
 """Kullback-Leibler divergence from the attention of all heads to the softmax of the index scores."""
 
-from pallas_kernels.indexer_loss import gpu, reference, tpu, tpu_dense
+from pallas_kernels.indexer_loss import gpu, gpu_dense, reference, tpu, tpu_dense
 from pallas_kernels.platform import choose
 from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.visibility import Visibility
@@ -25,7 +25,11 @@ def dense_indexer_loss(
 
     Source: V3.2-Exp report eq. 3 and 4.
     """
-    available = {"reference": reference.dense_indexer_loss, "tpu": tpu_dense.dense_indexer_loss}
+    available = {
+        "reference": reference.dense_indexer_loss,
+        "tpu": tpu_dense.dense_indexer_loss,
+        "gpu": gpu_dense.dense_indexer_loss,
+    }
     return choose("dense_indexer_loss", implementation, available)(
         scores, q, k, lse, visibility, selected, scale=scale
     )

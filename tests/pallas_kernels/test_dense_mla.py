@@ -13,7 +13,7 @@ from pallas_kernels.platform import UnsupportedError, interpreted
 SCALE = 0.3  # not a power of two, in tests as in models: a query multiplied by it must not be rounded
 HEADS = 3
 attend = quick_jit(dense_mla, static_argnames=("scale", "implementation"))
-on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
+on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 
 
 class Case:

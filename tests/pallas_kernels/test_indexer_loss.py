@@ -97,7 +97,7 @@ def test_loss_and_gradient(case, form):
 
 @pytest.mark.parametrize(
     ("implementation", "form"),
-    [(name, "sparse") for name in ("reference", "tpu", "gpu")] + [("reference", "dense"), ("tpu", "dense")],
+    [(name, form) for name in ("reference", "tpu", "gpu") for form in ("dense", "sparse")],
     indirect=["implementation"],
 )
 @pytest.mark.parametrize("size", [1.0, 20.0], ids=["flat", "peaked"])
@@ -145,7 +145,7 @@ def test_index_heads_of_both_signs(implementation, queries):
         assert relative(gradient, expected) < 1e-2
 
 
-@pytest.mark.parametrize("implementation", ["reference", "tpu"], indirect=True)
+@pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 def test_warm_up_over_documents(implementation):
     """Everything that is visible, several tiles, many of which nobody looks into."""
     visibility, heads = documents(2, 300, 1100), 3
