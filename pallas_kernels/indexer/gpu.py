@@ -5,7 +5,8 @@ with ``g = dI · 1[q·k > 0]``: one kernel for a block of queries and a head, ov
 ``dq = w · (g k)`` and ``dw = q · (g k)``; one for a block of keys, over queries and heads, gives
 ``dk = Σ_n gᵀ (w q)``. Blocks in which nobody sees anybody cost a row of -inf.
 
-Operands in e4m3 are multiplied as they are.
+Operands in e4m3 become float16, which holds each of them exactly: queries beforehand, keys in registers, which asks
+for compute capability 8.9. Triton's product of e4m3 itself is no wgmma on Hopper as long as its sums are to be exact.
 """
 
 import functools
@@ -55,7 +56,9 @@ def index_scores(
     k_scale: Float[Array, "B S"] | None = None,
 ) -> Float[Array, "B T S"]:
     """See ``api.index_scores``."""
-    return _scores(q, k, w, visibility) if k_scale is None else _forward(q, k, w, visibility, k_scale)
+    if k_scale is None:
+        return _scores(q, k, w, visibility)
+    return _forward(q.astype(jnp.float16), k, w, visibility, k_scale)
 
 
 @jax.custom_vjp
@@ -126,7 +129,7 @@ def _tile(q: Array, k: Array, most_queries: int) -> tuple[int, int]:
 
 def _pad(q: Array, k: Array, w: Array, visibility: Visibility, tile: tuple[int, int]) -> _Padded:
     """Whole tiles, and heads that are a power of two wide: what is added is zero."""
-    width = max(power_of_two(q.shape[3]), 32 // q.dtype.itemsize)  # the least a matrix product takes
+    width = power_of_two(q.shape[3])
     q, k = pad_axis(pad_axis(q, 3, width), 1, tile[0]), pad_axis(pad_axis(k, 2, width), 1, tile[1])
     w = pad_axis(w.astype(jnp.float32), 1, tile[0])
     return _Padded(q, k, w, *pad_visibility(visibility, *tile))
@@ -155,7 +158,7 @@ def _forward_kernel(
     b, i = row // blocks, row % blocks
     queries, keys = pl.ds(i * tile[0], tile[0]), pl.ds(j * tile[1], tile[1])
     everything = pl.ds(0, k.shape[2])
-    k_t = k[b, keys, everything].T
+    k_t = k[b, keys, everything].astype(q.dtype).T
 
     def add_head(n, total):
         products = dot(q[b, queries, n, everything], k_t)

@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from e4m3 import VALUES
 from numerics import assert_gradients, normal, quick_jit, relative
 from visible import documents, everyone
 
+from dsjax.precision.act_quant import act_quant, fake_quant
+from pallas_kernels.indexer import tpu
 from pallas_kernels.indexer.api import index_scores
+from pallas_kernels.platform import UnsupportedError
 
 scores_of = quick_jit(index_scores, static_argnames="implementation")
 on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
@@ -109,3 +113,76 @@ def test_bfloat16_gradients(implementation):
     for gradient, right, array in zip(found, expected, case.arrays, strict=True):
         assert gradient.dtype == array.dtype
         assert relative(gradient, right) < 1e-2
+
+
+E4M3 = jnp.float8_e4m3fn
+
+
+class ScaledCase(Case):
+    """Operands in e4m3, and scales of the keys over several powers of two."""
+
+    def __init__(self, *sizes: int, visibility=None):
+        super().__init__(*sizes, visibility, dtype=E4M3)
+        k_scale = np.exp(normal(4, *self.arrays[1].shape[:2]))
+        self.arrays = [*self.arrays, self.visibility, jnp.asarray(k_scale)]
+
+    def check_scores(self, implementation: str, tolerance: float = 1e-6) -> None:
+        scores = np.asarray(scores_of(*self.arrays, implementation=implementation))
+        q, k, w, k_scale = (np.asarray(self.arrays[i], np.float64) for i in (0, 1, 2, 4))
+        expected = self.by_formula(q, k * k_scale[..., None], w)
+        assert scores.dtype == np.float32
+        np.testing.assert_array_equal(scores[~self.mask], -np.inf)
+        assert relative(scores[self.mask], expected[self.mask]) < tolerance
+
+
+@on_every_platform
+@pytest.mark.parametrize("sizes", [(300, 5, 1100, 16), (1, 3, 700, 128), (64, 8, 8192, 128)])
+def test_e4m3_scores(implementation, sizes):
+    ScaledCase(*sizes).check_scores(implementation)
+
+
+@pytest.mark.parametrize("implementation", ["tpu"], indirect=True)
+def test_e4m3_scores_of_a_matrix_unit_for_it(implementation, monkeypatch):
+    monkeypatch.setattr(tpu, "tpu_multiplies", lambda dtype: dtype == E4M3)
+    ScaledCase(300, 5, 1100, 16).check_scores(implementation)
+
+
+@on_every_platform
+def test_every_number_of_e4m3_is_kept(implementation):
+    """Subnormals and both zeros too: a head for either sign, and a first feature that is the number."""
+    numbers = np.concatenate([VALUES, -VALUES]).astype(np.float32)
+    k = np.zeros((1, numbers.size, 32), np.float32)
+    k[0, :, 0] = numbers
+    q = np.zeros((1, 1, 2, 32), np.float32)
+    q[0, 0, :, 0] = 1, -1
+    w = np.array([[[1, -1]]], np.float32)
+    operands = jnp.asarray(q, E4M3), jnp.asarray(k, E4M3), w, everyone(1, 1, numbers.size)
+    scores = scores_of(*operands, implementation=implementation)
+    np.testing.assert_array_equal(scores[0, 0], numbers)
+
+
+@on_every_platform
+def test_e4m3_is_what_the_model_computes_exactly(implementation):
+    """Scales of queries in the head weights; within the rounding of float32 of the dequantised values' scores."""
+    case = Case(40, 5, 300, 128)
+    q, k, w = case.arrays
+    (q8, q_scale), (k8, k_scale) = act_quant(q), act_quant(k)
+    quantised = q8, k8, w * q_scale[..., 0], case.visibility, k_scale[..., 0]
+    scores = np.asarray(scores_of(*quantised, implementation=implementation))
+    model = scores_of(fake_quant(q), fake_quant(k), w, case.visibility, implementation="reference")
+    assert relative(scores[case.mask], np.asarray(model)[case.mask]) < 2e-7
+
+
+@on_every_platform
+def test_e4m3_has_no_gradient(implementation):
+    """Nor has w beside it; detached, nothing is refused."""
+    case = ScaledCase(4, 3, 20, 16, visibility=everyone(2, 4, 20))
+    q, k, w, visibility, k_scale = case.arrays
+
+    def total(w, detach=lambda x: x):
+        operands = q, k, detach(w), visibility, k_scale
+        return jnp.sum(w) + jnp.sum(index_scores(*operands, implementation=implementation))
+
+    with pytest.raises(UnsupportedError, match=r"index_scores: operands in float8_e4m3fn have no gradient"):
+        jax.grad(total)(w)
+    np.testing.assert_array_equal(jax.grad(total)(w, jax.lax.stop_gradient), np.ones(w.shape))
