@@ -1,40 +1,86 @@
 """The contract of the selection, without a sort.
 
-A full sort of every row costs several times more than finding the k-th score by bisection on the bits of the
-scores and keeping what lies above it.
+The k-th highest score of a row is found by bisection on the bits of the scores: 32 times a row is compared with a
+candidate and what reaches it counted. Few rows at a time, so that they stay in a core's cache meanwhile.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.blocks import pad_axis, round_up
 from pallas_kernels.selection import pack_mask
 from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
-from pallas_kernels.topk.order import ordered
+from pallas_kernels.topk.order import MINUS_INFINITY, ordered
 
-_CHUNK = 128  # keys whose running count is one product with a triangular matrix
-
-
-def _ordered_bits(scores: Float[Array, "*B S"]) -> UInt32[Array, "*B S"]:
-    """Unsigned integers in the order of the scores, at least 1 for every number."""
-    return jax.lax.bitcast_convert_type(ordered(scores.astype(jnp.float32)), jnp.uint32) ^ jnp.uint32(1 << 31)
+_CACHED = 1 << 18  # scores: 1 MB
+_GROUPS = 16  # of a row, whose counts are added up element by element in bytes: what CPUs do 64 of at a time
+_WORD = 32  # keys whose membership is one word
+_LOWEST = jnp.iinfo(jnp.int32).min
 
 
-def _count(mask: Bool[Array, "*B S"]) -> Float[Array, "*B 1"]:
-    """How many are true. In float32, exact up to 16 million keys: CPUs sum it twice as fast as int32."""
-    return jnp.sum(mask.astype(jnp.float32), axis=-1, keepdims=True)
+def topk_mask(scores: Float[Array, "B T S"], k: int) -> UInt32[Array, "B W S"]:
+    """See ``api.topk_mask``."""
+    return pack_mask(highest(scores, k))
 
 
-def _kth_largest(keys: UInt32[Array, "*B S"], k: int) -> UInt32[Array, "*B 1"]:
-    """The largest value that at least ``k`` keys of a row reach (0 where fewer than k are above 0)."""
+def topk_indices(scores: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
+    """See ``api.topk_indices``."""
+    return _by_rows(lambda rows: indices_of(_highest(rows, k), k), scores)
+
+
+def highest(scores: Float[Array, "B T S"], k: int) -> Bool[Array, "B T S"]:
+    """True at the selected keys."""
+    return _by_rows(lambda rows: _highest(rows, k), scores)
+
+
+def _by_rows(function: Callable[[Array], Array], scores: Float[Array, "B T S"]) -> Array:
+    """``function`` of as many rows at a time as a cache holds."""
+    scores = jax.lax.stop_gradient(scores).astype(jnp.float32)
+    *batch, length = scores.shape
+    rows = scores.reshape(-1, length)
+    number = max(1, _CACHED // length)
+    if len(rows) <= number:
+        result = function(rows)
+    else:
+        blocks = pad_axis(rows, 0, number).reshape(-1, number, length)
+        result = jax.lax.map(function, blocks)
+        result = result.reshape(-1, result.shape[-1])[: len(rows)]
+    return result.reshape(*batch, -1)
+
+
+def _highest(scores: Float[Array, "R S"], k: int) -> Bool[Array, "R S"]:
+    length = scores.shape[1]
+    if k >= length:
+        return scores > -jnp.inf
+    missing = -length % _GROUPS
+    keys = jnp.pad(ordered(scores), [(0, 0), (0, missing)], constant_values=_LOWEST)
+    threshold = _kth_largest(keys, k)
+    above = keys > threshold
+    tied = (keys == threshold) & (keys > MINUS_INFINITY)
+    room = k - _count(above)
+    tied = jax.lax.cond(jnp.any(_count(tied) > room), _first, lambda tied, _: tied, tied, room)
+    return (above | tied)[:, :length]
+
+
+def _count(mask: Bool[Array, "R S"]) -> Int[Array, "R 1"]:
+    """How many are true, of a multiple of ``_GROUPS``."""
+    groups = mask.reshape(mask.shape[0], _GROUPS, -1).astype(jnp.int8)
+    return jnp.sum(jnp.sum(groups, axis=1, dtype=jnp.int8), axis=-1, keepdims=True, dtype=jnp.int32)
+
+
+def _kth_largest(keys: Int[Array, "R S"], k: int) -> Int[Array, "R 1"]:
+    """The largest value that at least ``k`` keys of a row reach."""
 
     def set_bit(i, threshold):
-        candidate = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        candidate = threshold + (jnp.int32(1) << (31 - i))
         return jnp.where(_count(keys >= candidate) >= k, candidate, threshold)
 
-    return jax.lax.fori_loop(0, 32, set_bit, jnp.zeros((*keys.shape[:-1], 1), jnp.uint32))
+    return jax.lax.fori_loop(0, 32, set_bit, jnp.full((keys.shape[0], 1), _LOWEST, jnp.int32))
 
 
-def _first(mask: Bool[Array, "*B S"], room: Float[Array, "*B 1"]) -> Bool[Array, "*B S"]:
+def _first(mask: Bool[Array, "R S"], room: Int[Array, "R 1"]) -> Bool[Array, "R S"]:
     """The first ``room`` true places of each row: bisection for the longest prefix that holds no more."""
     index = jnp.arange(mask.shape[-1], dtype=jnp.int32)
     bits = mask.shape[-1].bit_length()
@@ -47,49 +93,28 @@ def _first(mask: Bool[Array, "*B S"], room: Float[Array, "*B 1"]) -> Bool[Array,
     return mask & (index < end)
 
 
-def topk_mask(scores: Float[Array, "B T S"], k: int) -> UInt32[Array, "B W S"]:
-    """See ``api.topk_mask``."""
-    return pack_mask(highest(scores, k))
+def indices_of(mask: Bool[Array, "*B S"], k: int) -> Int[Array, "*B K"]:
+    """A mask with at most ``k`` keys a row as a list: the word in which the n-th key lies, and the bit of it there."""
+    *batch, length = mask.shape
+    mask = pad_axis(mask.reshape(-1, length), 1, _WORD).reshape(-1, round_up(length, _WORD) // _WORD, _WORD)
+    words = jnp.sum(mask.astype(jnp.uint32) << jnp.arange(_WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+    count = jax.lax.population_count(words).astype(jnp.int32)
+    upto = jnp.cumsum(count, axis=-1)
+    rank = jnp.arange(k, dtype=jnp.int32)
+    place = jax.vmap(lambda row: jnp.searchsorted(row, rank, side="right"))(upto)
+    place = jnp.minimum(place, words.shape[1] - 1)
+    word, before = (jnp.take_along_axis(x, place, axis=-1) for x in (words, upto - count))
+    index = place.astype(jnp.int32) * _WORD + _place_of_bit(word, rank - before)
+    return jnp.where(rank < upto[:, -1:], index, -1).reshape(*batch, k)
 
 
-def highest(scores: Float[Array, "B T S"], k: int) -> Bool[Array, "B T S"]:
-    """True at the selected keys."""
-    scores = jax.lax.stop_gradient(scores)
-    visible = scores > -jnp.inf
-    if k >= scores.shape[-1]:
-        return visible
-    keys = jnp.where(visible, _ordered_bits(scores), 0)
-    threshold = _kth_largest(keys, k)
-    above = keys > threshold
-    tied = visible & (keys == threshold)
-    room = k - _count(above)
-    tied = jax.lax.cond(jnp.any(_count(tied) > room), _first, lambda tied, _: tied, tied, room)
-    return above | tied
-
-
-def _running_count(mask: Bool[Array, "*B S"]) -> Int[Array, "*B S"]:
-    """Inclusive prefix sum. Chunks go through a matrix product: XLA's ``cumsum`` is far slower on every platform."""
-    *rows, length = mask.shape
-    chunks = -(-length // _CHUNK)
-    padded = jnp.pad(mask, [(0, 0)] * len(rows) + [(0, chunks * _CHUNK - length)])
-    padded = padded.reshape(*rows, chunks, _CHUNK).astype(jnp.float32)
-    upto = jnp.triu(jnp.ones((_CHUNK, _CHUNK), jnp.float32))
-    within = jnp.matmul(padded, upto).astype(jnp.int32)
-    totals = within[..., -1]
-    before = jnp.cumsum(totals, axis=-1) - totals
-    return (within + before[..., None]).reshape(*rows, chunks * _CHUNK)[..., :length]
-
-
-def topk_indices(scores: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
-    """See ``api.topk_indices``."""
-    return indices_of(highest(scores, k), k)
-
-
-def indices_of(mask: Bool[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
-    """A mask with at most ``k`` keys a row as a list: the n-th index is where its running count first reaches n."""
-    count = _running_count(mask)
-    wanted = jnp.arange(1, k + 1, dtype=jnp.int32)
-    rows = count.reshape(-1, count.shape[-1])
-    found = jax.vmap(lambda row: jnp.searchsorted(row, wanted, side="left"))(rows)
-    found = found.reshape(*count.shape[:-1], k)
-    return jnp.where(wanted <= count[..., -1:], found, -1).astype(jnp.int32)
+def _place_of_bit(word: UInt32[Array, "R K"], rank: Int[Array, "R K"]) -> Int[Array, "R K"]:
+    """Where the bit of a word stands that has ``rank`` others below it: by halves, quarters and so on."""
+    place = jnp.zeros_like(rank)
+    for half in (16, 8, 4, 2, 1):
+        low = word & jnp.uint32((1 << half) - 1)
+        count = jax.lax.population_count(low).astype(jnp.int32)
+        is_high = rank >= count
+        word = jnp.where(is_high, word >> half, low)
+        rank, place = jnp.where(is_high, rank - count, rank), jnp.where(is_high, place + half, place)
+    return place
