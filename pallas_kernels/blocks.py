@@ -1,5 +1,9 @@
 """Arrays cut into the blocks that kernels read: padding, and which pairs of blocks there is anything to do for."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.shapes import Array, Int
@@ -51,3 +55,21 @@ def _range(segment: Int[Array, "B I N"]) -> tuple[Int[Array, "B I"], Int[Array, 
     lowest = jnp.min(jnp.where(segment != 0, segment, _NONE.max), axis=-1)
     highest = jnp.max(jnp.where(segment != 0, segment, _NONE.min), axis=-1)
     return lowest, highest
+
+
+def map_rows(function: Callable[..., Any], rows: Any, at_a_time: int, carry: Any = None) -> Any:
+    """``function(rows)`` for some rows of every array at a time, the results joined.
+
+    As many rows as divide their number, at most ``at_a_time``. With ``carry``, ``function(carry, rows)`` returns the
+    next carry and a result, and the last carry comes back with the results.
+    """
+    total = jax.tree.leaves(rows)[0].shape[0]
+    size = next(n for n in range(min(total, at_a_time), 0, -1) if total % n == 0)
+    step = function if carry is not None else lambda _, some: (None, function(some))
+    if size == total:
+        carry, results = step(carry, rows)
+    else:
+        blocks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+        carry, results = jax.lax.scan(step, carry, blocks)
+        results = jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), results)
+    return results if carry is None else (carry, results)

@@ -31,14 +31,14 @@ def index_scores(
 
 
 def listed_index_scores(
-    q: Float[Array, "B T N J"], k: Float[Array, "B T K J"], w: Float[Array, "B T N"]
-) -> Float[Array, "B T K"]:
+    q: Float[Array, "T N J"], k: Float[Array, "T K J"], w: Float[Array, "T N"]
+) -> Float[Array, "T K"]:
     """The same where every query has keys of its own."""
-    return _over_heads(einsum("btnj,btkj->btnk", q, k), w)
+    return _over_heads(einsum("tnj,tkj->tnk", q, k), w)
 
 
-def _over_heads(products: Float[Array, "B T N S"], w: Float[Array, "B T N"]) -> Float[Array, "B T S"]:
-    return einsum("btn,btns->bts", w.astype(products.dtype), jax.nn.relu(products))
+def _over_heads(products: Float[Array, "*B N S"], w: Float[Array, "*B N"]) -> Float[Array, "*B S"]:
+    return einsum("...n,...ns->...s", w.astype(products.dtype), jax.nn.relu(products))
 
 
 @jax.custom_vjp

@@ -8,12 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.accumulate import wide
+from pallas_kernels.blocks import map_rows
 from pallas_kernels.dense_mla.reference import attended, masked_scores
 from pallas_kernels.indexer.reference import listed_index_scores
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
 from pallas_kernels.softmax import exp_minus
-from pallas_kernels.sparse_mla.reference import gather_rows, selected_scores
+from pallas_kernels.sparse_mla.reference import (
+    add_to_rows,
+    by_query,
+    gather_rows,
+    queries_at_a_time,
+    selected_scores,
+)
 from pallas_kernels.visibility import Visibility
 
 
@@ -60,7 +67,58 @@ def sparse_indexer_loss(
 ) -> Float[Array, "B T"]:
     """See ``api.sparse_indexer_loss``."""
     require_list("sparse_indexer_loss", indices)
-    attention = selected_scores(q, gather_rows(kv, indices), indices, scale)
-    p = _mean_over_heads(attention, lse, head_axis=2)
-    scores = listed_index_scores(index_q, gather_rows(index_k, indices), index_w)
-    return kl_rows(p, scores, indices >= 0)
+    p = _listed_target(*jax.lax.stop_gradient((q, kv, lse)), indices, scale)
+    return kl_rows(p, _listed_scores(index_q, index_k, index_w, indices), indices >= 0)
+
+
+def _listed_target(q: Array, kv: Array, lse: Array, indices: Array, scale: float) -> Float[Array, "B T K"]:
+    """The attention of all heads to each listed key, averaged."""
+    flat_indices, rows, *of_queries = by_query(indices, kv, q, lse)
+
+    def of_some(operands):
+        indices, q, lse = operands
+        return jnp.mean(
+            exp_minus(selected_scores(q, gather_rows(rows, indices), indices, scale), lse), axis=1
+        )
+
+    number = queries_at_a_time(flat_indices, rows)
+    return map_rows(of_some, (flat_indices, *of_queries), number).reshape(indices.shape)
+
+
+@jax.custom_vjp
+def _listed_scores(q: Array, k: Array, w: Array, indices: Array) -> Float[Array, "B T K"]:
+    """Index scores of the listed keys."""
+    flat_indices, rows, *of_queries = by_query(indices, k, q, w)
+
+    def of_some(operands):
+        indices, q, w = operands
+        return listed_index_scores(q, gather_rows(rows, indices), w)
+
+    number = queries_at_a_time(flat_indices, rows)
+    return map_rows(of_some, (flat_indices, *of_queries), number).reshape(indices.shape)
+
+
+def _listed_scores_fwd(q, k, w, indices):
+    return _listed_scores(q, k, w, indices), (q, k, w, indices)
+
+
+def _listed_scores_bwd(residuals, d_scores):
+    q, k, w, indices = residuals
+    flat_indices, rows, *of_queries = by_query(indices, k, q, w, d_scores)
+
+    def of_some(d_rows, operands):
+        indices, q, w, d_scores = operands
+        _, backward = jax.vjp(listed_index_scores, q, gather_rows(rows, indices), w)
+        d_q, d_selected, d_w = backward(d_scores)
+        return add_to_rows(d_rows, indices, d_selected), (d_q, d_w)
+
+    d_k, (d_q, d_w) = map_rows(
+        of_some,
+        (flat_indices, *of_queries),
+        queries_at_a_time(flat_indices, rows),
+        carry=jnp.zeros(rows.shape, d_scores.dtype),
+    )
+    return d_q.reshape(q.shape), d_k.reshape(k.shape).astype(k.dtype), d_w.reshape(w.shape), None
+
+
+_listed_scores.defvjp(_listed_scores_fwd, _listed_scores_bwd)

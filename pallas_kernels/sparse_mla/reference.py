@@ -1,4 +1,7 @@
-"""The contract of sparse attention, in plain jnp: gather, then attend."""
+"""The contract of sparse attention, in plain jnp: gather, then attend, a few queries at a time.
+
+What is gathered for them then stays in a core's cache until it is multiplied.
+"""
 
 import functools
 
@@ -6,25 +9,40 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.accumulate import einsum
+from pallas_kernels.accumulate import einsum, wide
+from pallas_kernels.blocks import map_rows
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import exp_minus, output_delta, sum_exp
 
+_GATHERED = 1 << 19  # numbers at a time
 
-def gather_rows(rows: Float[Array, "B S X"], indices: Int[Array, "B T K"]) -> Float[Array, "B T K X"]:
+
+def gather_rows(rows: Float[Array, "S X"], indices: Int[Array, "N K"]) -> Float[Array, "N K X"]:
     """The rows that each query selected; index -1 gives row 0, for the caller to mask."""
-    safe = jnp.maximum(indices, 0)
-    return jax.vmap(lambda r, i: r.at[i].get(mode="promise_in_bounds"))(rows, safe)
+    return rows.at[jnp.maximum(indices, 0)].get(mode="promise_in_bounds")
 
 
 def selected_scores(
-    q: Float[Array, "B T H X"], selected: Float[Array, "B T K X"], indices: Int[Array, "B T K"], scale: float
-) -> Float[Array, "B T H K"]:
+    q: Float[Array, "N H X"], selected: Float[Array, "N K X"], indices: Int[Array, "N K"], scale: float
+) -> Float[Array, "N H K"]:
     """``scale · q · kv`` in float32 for the gathered rows, -inf where the index is -1."""
-    scores = einsum("bthx,btkx->bthk", q, selected)
-    return jnp.where(indices[:, :, None] >= 0, scores * scale, -jnp.inf)
+    scores = einsum("nhx,nkx->nhk", q, selected)
+    return jnp.where(indices[:, None] >= 0, scores * scale, -jnp.inf)
+
+
+def by_query(indices: Int[Array, "B T K"], keys: Float[Array, "B S X"], *others: Array) -> tuple:
+    """All sequences as one: indices [B·T, K] into keys [B·S, X], then the keys, then [B·T, ...] of the others."""
+    first = jnp.arange(keys.shape[0], dtype=jnp.int32)[:, None, None] * keys.shape[1]
+    indices = jnp.where(indices >= 0, indices + first, -1)
+    flat = (jnp.reshape(x, (-1, *x.shape[2:])) for x in (indices, keys, *others))
+    return tuple(flat)
+
+
+def queries_at_a_time(indices: Int[Array, "N K"], keys: Float[Array, "S X"]) -> int:
+    """So many that what they gather stays in a cache."""
+    return max(1, _GATHERED // (indices.shape[-1] * keys.shape[-1]))
 
 
 def sparse_mla(
@@ -35,28 +53,28 @@ def sparse_mla(
     latent_dim: int,
     scale: float,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
-    """See ``api.sparse_mla``. The gathered rows of all queries exist at once: call it on blocks of queries."""
+    """See ``api.sparse_mla``."""
     require_list("sparse_mla", indices)
     return _attend(q, kv, indices, latent_dim, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _attend(q: Array, kv: Array, indices: Array, latent_dim: int, scale: float) -> tuple[Array, Array]:
-    return _gather_and_attend(q, kv, indices, latent_dim, scale)
+    flat_indices, rows, flat_q = by_query(indices, kv, q)
 
+    def attend_queries(operands):
+        q, indices = operands
+        selected = gather_rows(rows, indices)
+        exponentials, total, lse = sum_exp(selected_scores(q, selected, indices, scale))
+        o = einsum("nhk,nkc->nhc", exponentials.astype(kv.dtype), selected[..., :latent_dim])
+        return (o / total[..., None]).astype(kv.dtype), lse
 
-def _gather_and_attend(
-    q: Array, kv: Array, indices: Array, latent_dim: int, scale: float
-) -> tuple[Array, Array]:
-    selected = gather_rows(kv, indices)
-    exponentials, total, lse = sum_exp(selected_scores(q, selected, indices, scale))
-    latents = selected[..., :latent_dim]
-    o = einsum("bthk,btkc->bthc", exponentials.astype(kv.dtype), latents)
-    return (o / total[..., None]).astype(kv.dtype), lse
+    o, lse = map_rows(attend_queries, (flat_q, flat_indices), queries_at_a_time(flat_indices, rows))
+    return o.reshape(*q.shape[:3], latent_dim), lse.reshape(q.shape[:3])
 
 
 def _forward(q, kv, indices, latent_dim, scale):
-    o, lse = _gather_and_attend(q, kv, indices, latent_dim, scale)
+    o, lse = _attend(q, kv, indices, latent_dim, scale)
     o, lse = checkpoint_name(o, OUTPUT), checkpoint_name(lse, LSE)
     return (o, lse), (q, kv, indices, o, lse)
 
@@ -64,28 +82,37 @@ def _forward(q, kv, indices, latent_dim, scale):
 def _backward(latent_dim, scale, residuals, gradients):
     q, kv, indices, o, lse = residuals
     d_o, d_lse = gradients
-    selected = gather_rows(kv, indices)
-    p = exp_minus(selected_scores(q, selected, indices, scale), lse)
     delta = output_delta(o, d_o, d_lse)
-    d_p = einsum("bthc,btkc->bthk", d_o, selected[..., :latent_dim])
-    d_scores = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
-    d_q = einsum("bthk,btkx->bthx", d_scores, selected)
-    d_rows = einsum("bthk,bthx->btkx", d_scores, q)
-    d_latents = einsum("bthk,bthc->btkc", p.astype(d_o.dtype), d_o)
-    d_rows = d_rows.at[..., :latent_dim].add(d_latents)
-    return d_q.astype(q.dtype), _scatter_add(d_rows, indices, kv), None
+    flat_indices, rows, *of_queries = by_query(indices, kv, q, lse, d_o, delta)
+    no_rope = [(0, 0), (0, 0), (0, q.shape[-1] - latent_dim)]
+
+    def differentiate_queries(d_rows, operands):
+        indices, q, lse, d_o, delta = operands
+        selected = gather_rows(rows, indices)
+        p = exp_minus(selected_scores(q, selected, indices, scale), lse)
+        d_p = einsum("nhc,nkc->nhk", d_o, selected[..., :latent_dim])
+        d_scores = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
+        d_q = einsum("nhk,nkx->nhx", d_scores, selected).astype(q.dtype)
+        # Both parts of the keys' gradient in one product: as scores, and as values.
+        factors = jnp.concatenate([d_scores, p.astype(q.dtype)], axis=1)
+        of_keys = jnp.concatenate([q, jnp.pad(d_o, no_rope)], axis=1)
+        return add_to_rows(d_rows, indices, einsum("nhk,nhx->nkx", factors, of_keys)), d_q
+
+    d_rows, d_q = map_rows(
+        differentiate_queries,
+        (flat_indices, *of_queries),
+        queries_at_a_time(flat_indices, rows),
+        carry=jnp.zeros(rows.shape, wide(kv.dtype)),
+    )
+    return d_q.reshape(q.shape), d_rows.reshape(kv.shape).astype(kv.dtype), None
 
 
-def _scatter_add(d_rows: Float[Array, "B T K X"], indices: Int[Array, "B T K"], kv: Float[Array, "B S X"]):
-    """Each row's gradient added to the row of ``kv`` it came from; -1 is dropped. Float32 accumulation."""
+def add_to_rows(
+    rows: Float[Array, "S X"], indices: Int[Array, "N K"], values: Float[Array, "N K X"]
+) -> Float[Array, "S X"]:
+    """``rows[index] += value``; nothing for index -1."""
     # Negative indices would wrap around: past the end they are out of bounds and dropped.
-    target = jnp.where(indices >= 0, indices, kv.shape[1])
-
-    def add(d, i):
-        zeros = jnp.zeros(kv.shape[1:], d.dtype)
-        return zeros.at[i].add(d, mode="drop")
-
-    return jax.vmap(add)(d_rows, target).astype(kv.dtype)
+    return rows.at[jnp.where(indices >= 0, indices, rows.shape[0])].add(values, mode="drop")
 
 
 _attend.defvjp(_forward, _backward)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import pad_axis, round_up
+from pallas_kernels.blocks import map_rows, pad_axis, round_up
 from pallas_kernels.selection import pack_mask
 from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
 from pallas_kernels.topk.order import MINUS_INFINITY, ordered
@@ -38,16 +38,8 @@ def highest(scores: Float[Array, "B T S"], k: int) -> Bool[Array, "B T S"]:
 def _by_rows(function: Callable[[Array], Array], scores: Float[Array, "B T S"]) -> Array:
     """``function`` of as many rows at a time as a cache holds."""
     scores = jax.lax.stop_gradient(scores).astype(jnp.float32)
-    *batch, length = scores.shape
-    rows = scores.reshape(-1, length)
-    number = max(1, _CACHED // length)
-    if len(rows) <= number:
-        result = function(rows)
-    else:
-        blocks = pad_axis(rows, 0, number).reshape(-1, number, length)
-        result = jax.lax.map(function, blocks)
-        result = result.reshape(-1, result.shape[-1])[: len(rows)]
-    return result.reshape(*batch, -1)
+    rows = scores.reshape(-1, scores.shape[-1])
+    return map_rows(function, rows, max(1, _CACHED // rows.shape[1])).reshape(*scores.shape[:-1], -1)
 
 
 def _highest(scores: Float[Array, "R S"], k: int) -> Bool[Array, "R S"]:
