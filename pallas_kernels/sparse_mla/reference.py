@@ -21,7 +21,7 @@ _GATHERED = 1 << 19  # numbers at a time
 
 def gather_rows(rows: Float[Array, "S X"], indices: Int[Array, "N K"]) -> Float[Array, "N K X"]:
     """The rows that each query selected; index -1 gives row 0, for the caller to mask."""
-    return rows.at[jnp.maximum(indices, 0)].get(mode="promise_in_bounds")
+    return jnp.asarray(rows).at[jnp.maximum(indices, 0)].get(mode="promise_in_bounds")
 
 
 def selected_scores(
