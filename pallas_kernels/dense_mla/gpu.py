@@ -21,15 +21,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import pad_axis
+from pallas_kernels.platform import UnsupportedError
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import BITS, pack_mask, require_mask
 from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
 from pallas_kernels.softmax import LOG2_E, LOW, output_delta, to_base_2
-from pallas_kernels.triton import LEAST, call, dot, parts, power_of_two, span
+from pallas_kernels.triton import LEAST, call, dot, exp2, parts, power_of_two, span
 from pallas_kernels.visibility import Visibility
 
-# Rows of a tile and what they walk through, at most; half of each for float32, which takes twice the memory.
-_QUERY_ROWS, _KEY_ROWS = (128, 64), (64, 64)
+# Rows of a tile and what they walk through, at most, for heads that are at most so wide: the sums for dk and dv of 128
+# keys take 160 of a thread's 255 registers.
+_TILE, _WIDTHS = (128, 64), 320
 
 
 class Mask(NamedTuple):
@@ -66,7 +68,16 @@ def dense_mla(
     scale: float,
 ) -> tuple[Float[Array, "B H T V"], Float[Array, "B H T"]]:
     """See ``api.dense_mla``."""
+    _check_widths(q, v)
     return _attend(q, k, v, attended_words(q, k, visibility, selected), scale)
+
+
+def _check_widths(q: Array, v: Array) -> None:
+    if q.shape[3] + v.shape[3] > _WIDTHS:
+        raise UnsupportedError(
+            f"dense_mla: the heads of q and v are {q.shape[3]} and {v.shape[3]} wide, and the GPU kernel's registers "
+            f'hold {_WIDTHS} together: use implementation="reference"'
+        )
 
 
 def attended_words(
@@ -110,10 +121,11 @@ def belongs(words, b: Array, rows, j: Array, columns: int) -> Bool[Array, "R C"]
 
 
 def tile_sizes(most: tuple[int, int], rows: int, columns: int, dtype) -> tuple[int, int]:
-    """Rows and columns of a tile, whole words of each."""
-    shrink = jnp.dtype(dtype).itemsize // 2
+    """Rows and columns of a tile, whole words of each; few of float32, whose products want registers for both sides."""
+    if dtype == jnp.float32:
+        return BITS, BITS
     of_rows, of_columns = (max(BITS, power_of_two(n)) for n in (rows, columns))
-    return min(most[0] // shrink, of_rows), min(most[1] // shrink, of_columns)
+    return min(most[0], of_rows), min(most[1], of_columns)
 
 
 def _pad(q, k, v, queries: int, keys: int) -> _Operands:
@@ -134,7 +146,7 @@ def _attend_fwd(q, k, v, words, scale):
 
 
 def _forward(q, k, v, words, scale):
-    tile = tile_sizes(_QUERY_ROWS, q.shape[2], k.shape[2], k.dtype)
+    tile = tile_sizes(_TILE, q.shape[2], k.shape[2], k.dtype)
     padded = _pad(q, k, v, *tile)
     batch, heads, queries, width = padded.q.shape
     values = padded.v.shape[3]
@@ -148,7 +160,7 @@ def _forward(q, k, v, words, scale):
             jax.ShapeDtypeStruct((batch, heads, queries), jnp.float32),
         ],
         warps=8,
-        stages=2,
+        stages=3,
         cost=padded.cost(width + values),
     )
     return o[:, :, : q.shape[2], : v.shape[3]], lse[:, :, : q.shape[2]]
@@ -177,7 +189,7 @@ def _forward_kernel(words, first, end, q, k, v, o, lse, *, tile: tuple[int, int]
         scores = jnp.where(belongs(words, b, queries, j, tile[1]), scores, LOW)
         highest = jnp.maximum(before, jnp.max(scores, axis=1))
         # The scale comes after the maximum, where it is one instruction with the difference.
-        p = jnp.exp2(scores * (scale * LOG2_E) - (highest * (scale * LOG2_E))[:, None])
+        p = exp2(scores, scale * LOG2_E, -(highest * (scale * LOG2_E))[:, None])
         shrink = jnp.exp2((before - highest) * (scale * LOG2_E))
         weights = p.astype(v.dtype)
         totals = [
@@ -202,53 +214,52 @@ def _attend_bwd(scale, residuals, gradients):
     q, k, v, words, o, lse = residuals
     d_o, d_lse = gradients
     delta = output_delta(o, d_o, d_lse)
-    of_queries = d_o.astype(v.dtype), to_base_2(lse), delta
-    d_q = _query_gradient(q, k, v, words, of_queries, scale)
-    d_k, d_v = _key_gradients(q, k, v, words, of_queries, scale)
-    return d_q, d_k, d_v, None
+    statistics = jnp.stack([-to_base_2(lse), delta], axis=2)
+    operands = q, k, v, words, d_o.astype(v.dtype), statistics, scale
+    return _query_gradient(*operands), *_key_gradients(*operands), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _query_gradient(q, k, v, words, of_queries, scale) -> Array:
-    tile = tile_sizes(_QUERY_ROWS, q.shape[2], k.shape[2], k.dtype)
+def _query_gradient(q, k, v, words, d_o, statistics, scale) -> Array:
+    tile = tile_sizes(_TILE, q.shape[2], k.shape[2], k.dtype)
     padded = _pad(q, k, v, *tile)
     batch, heads, queries, width = padded.q.shape
     (d_q,) = call(
         functools.partial(_query_gradient_kernel, tile=tile, scale=scale),
-        [*rows_of_queries(words, tile), *padded, *_pad_statistics(of_queries, tile[0])],
+        [*rows_of_queries(words, tile), *padded, *_pad_of_queries(d_o, statistics, tile[0])],
         name="dense_mla_dq",
         grid=(queries // tile[0], batch * heads),
         out_shape=[jax.ShapeDtypeStruct(padded.q.shape, q.dtype)],
         warps=8,
-        stages=2,
+        stages=3,
         cost=padded.cost(2 * width + padded.v.shape[3]),
     )
     return d_q[:, :, : q.shape[2], : q.shape[3]]
 
 
-def _pad_statistics(of_queries, queries: int) -> tuple[Array, Array, Array]:
-    """Gradient of the output, log-sum-exp and delta, for whole tiles."""
-    d_o, lse, delta = (pad_axis(x, 2, queries) for x in of_queries)
-    return pad_axis(d_o, 3, LEAST), lse, delta
+def _pad_of_queries(d_o, statistics, queries: int) -> tuple[Array, Array]:
+    """Gradient of the output, and of each row the negative of the log-sum-exp and delta, for whole tiles."""
+    return pad_axis(pad_axis(d_o, 2, queries), 3, LEAST), pad_axis(statistics, 3, queries)
 
 
 def _query_gradient_kernel(
-    words, first, end, q, k, v, d_o, lse, delta, d_q, *, tile: tuple[int, int], scale: float
+    words, first, end, q, k, v, d_o, statistics, d_q, *, tile: tuple[int, int], scale: float
 ):
     b, h, i, queries = _block(q.shape[1], tile[0])
     widths, values = parts(q.shape[3]), parts(v.shape[3])
     q_parts = [q[b, h, queries, part] for part in widths]
     d_o_parts = [d_o[b, h, queries, part] for part in values]
-    row_lse, row_delta = lse[b, h, queries][:, None], delta[b, h, queries][:, None]
+    minus_lse, delta = (statistics[b, h, n, queries][:, None] for n in range(2))
 
     def add_tile(j, sums):
         keys = pl.ds(j * tile[1], tile[1])
         k_parts = [k[b, h, keys, part] for part in widths]
-        p = jnp.exp2(products(q_parts, k_parts) * (scale * LOG2_E) - row_lse)
+        p = exp2(products(q_parts, k_parts), scale * LOG2_E, minus_lse)
+        p = jnp.where(belongs(words, b, queries, j, tile[1]), p, 0)
         d_p = products(d_o_parts, [v[b, h, keys, part] for part in values])
-        d_scores = jnp.where(belongs(words, b, queries, j, tile[1]), p * (d_p - row_delta), 0).astype(k.dtype)
+        d_scores = (p * (d_p - delta)).astype(k.dtype)
         return [total + dot(d_scores, part) for total, part in zip(sums, k_parts, strict=True)]
 
     start = [jnp.zeros((tile[0], part.size), jnp.float32) for part in widths]
@@ -257,25 +268,30 @@ def _query_gradient_kernel(
         d_q[b, h, queries, part] = (total * scale).astype(d_q.dtype)
 
 
-def _key_gradients(q, k, v, words, of_queries, scale) -> tuple[Array, Array]:
-    tile = tile_sizes(_KEY_ROWS, k.shape[2], q.shape[2], k.dtype)
+def _key_gradients(q, k, v, words, d_o, statistics, scale) -> tuple[Array, Array]:
+    tile = tile_sizes(_TILE, k.shape[2], q.shape[2], k.dtype)
     padded = _pad(q, k, v, tile[1], tile[0])
     batch, heads, keys, width = padded.k.shape
     d_k, d_v = call(
         functools.partial(_key_gradients_kernel, tile=tile, scale=scale),
-        [*rows_of_keys(words, tile), *padded, *_pad_statistics(of_queries, tile[1])],
+        [*rows_of_keys(words, tile), *padded, *_pad_of_queries(d_o, statistics, tile[1])],
         name="dense_mla_dkv",
         grid=(keys // tile[0], batch * heads),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (padded.k, padded.v)],
+        # A place among the blocks is no place among the keys: the compiler would keep those through the loop.
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, keys // tile[0], tile[0], x.shape[3]), x.dtype)
+            for x in (padded.k, padded.v)
+        ],
         warps=8,
-        stages=2,
+        stages=3,
         cost=padded.cost(2 * width + 2 * padded.v.shape[3]),
     )
+    d_k, d_v = (x.reshape(batch, heads, keys, -1) for x in (d_k, d_v))
     return d_k[:, :, : k.shape[2], : k.shape[3]], d_v[:, :, : v.shape[2], : v.shape[3]]
 
 
 def _key_gradients_kernel(
-    words, first, end, q, k, v, d_o, lse, delta, d_k, d_v, *, tile: tuple[int, int], scale: float
+    words, first, end, q, k, v, d_o, statistics, d_k, d_v, *, tile: tuple[int, int], scale: float
 ):
     """Keys stand in the rows here: probabilities and their gradient are the left factors as they come."""
     b, h, j, keys = _block(q.shape[1], tile[0])
@@ -287,9 +303,9 @@ def _key_gradients_kernel(
         queries = pl.ds(i * tile[1], tile[1])
         q_parts = [q[b, h, queries, part] for part in widths]
         d_o_parts = [d_o[b, h, queries, part] for part in values]
-        p = jnp.exp2(products(k_parts, q_parts) * (scale * LOG2_E) - lse[b, h, queries][None, :])
+        p = exp2(products(k_parts, q_parts), scale * LOG2_E, statistics[b, h, 0, queries][None, :])
         p = jnp.where(belongs(words, b, keys, i, tile[1]), p, 0)
-        d_scores = p * (products(v_parts, d_o_parts) - delta[b, h, queries][None, :])
+        d_scores = p * (products(v_parts, d_o_parts) - statistics[b, h, 1, queries][None, :])
         weights, d_scores = p.astype(d_o.dtype), d_scores.astype(q.dtype)
         k_sums = [total + dot(d_scores, part) for total, part in zip(k_sums, q_parts, strict=True)]
         v_sums = [total + dot(weights, part) for total, part in zip(v_sums, d_o_parts, strict=True)]
@@ -298,6 +314,6 @@ def _key_gradients_kernel(
     start = [[jnp.zeros((tile[0], part.size), jnp.float32) for part in x] for x in (widths, values)]
     k_sums, v_sums = jax.lax.fori_loop(first[b, j], end[b, j], add_tile, start)
     for total, part in zip(k_sums, widths, strict=True):
-        d_k[b, h, keys, part] = (total * scale).astype(d_k.dtype)
+        d_k[b, h, j, pl.ds(0, tile[0]), part] = (total * scale).astype(d_k.dtype)
     for total, part in zip(v_sums, values, strict=True):
-        d_v[b, h, keys, part] = total.astype(d_v.dtype)
+        d_v[b, h, j, pl.ds(0, tile[0]), part] = total.astype(d_v.dtype)

@@ -1,6 +1,8 @@
 """The indexer's loss under a mask on GPUs: a tile of queries × keys stays in registers while all heads add to it.
 
-What is made of it, a divergence over [queries of the block, S] float32 numbers, is left to XLA.
+One loop runs over the heads and, within each, over chunks of its features: so small a step leaves shared memory for
+copies three steps ahead, and the products of the next run on while those of the last are waited for. What is made of
+the tile, a divergence over [queries of the block, S] float32 numbers, is left to XLA.
 """
 
 import functools
@@ -11,15 +13,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import pad_axis
-from pallas_kernels.dense_mla.gpu import attended_words, belongs, products, rows_of_queries, tile_sizes
+from pallas_kernels.dense_mla.gpu import attended_words, belongs, rows_of_queries, tile_sizes
 from pallas_kernels.indexer_loss.reference import kl_rows
 from pallas_kernels.selection import unpack_mask
 from pallas_kernels.shapes import Array, Float, UInt32
 from pallas_kernels.softmax import LOG2_E, to_base_2
-from pallas_kernels.triton import LEAST, call, parts
+from pallas_kernels.triton import LEAST, call, dot, exp2
 from pallas_kernels.visibility import Visibility
 
 _TILE = 128, 128  # large: every head reads its queries and keys once for each
+_FEATURES = 64  # of a chunk, at most
 
 
 def dense_indexer_loss(
@@ -48,13 +51,13 @@ def _target(q, k, lse, words, scale) -> Float[Array, "B T S"]:
     pairs = math.prod(shape) * heads
     (target,) = call(
         functools.partial(_kernel, tile=tile, scale=scale),
-        [*rows_of_queries(words, tile), q, k, pad_axis(to_base_2(lse), 2, tile[0])],
+        [*rows_of_queries(words, tile), q, k, pad_axis(-to_base_2(lse), 2, tile[0])],
         name="indexer_loss_target",
         # Tiles of the same keys one after another: they are many, and the queries of a block stay in the cache.
         grid=(shape[1] // tile[0], batch * shape[2] // tile[1]),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32)],
         warps=8,
-        stages=2,
+        stages=4,
         cost=pl.CostEstimate(
             flops=2 * q.shape[3] * pairs, transcendentals=pairs, bytes_accessed=4 * math.prod(shape)
         ),
@@ -62,20 +65,27 @@ def _target(q, k, lse, words, scale) -> Float[Array, "B T S"]:
     return target[:, :queries, :keys]
 
 
-def _kernel(words, first, end, q, k, lse, target, *, tile: tuple[int, int], scale: float):
-    blocks = k.shape[2] // tile[1]
+def _kernel(words, first, end, q, k, minus_lse, target, *, tile: tuple[int, int], scale: float):
+    width = min(_FEATURES, k.shape[3] & -k.shape[3])  # a power of two that divides them
+    blocks, chunks = k.shape[2] // tile[1], k.shape[3] // width
     i, b, j = pl.program_id(0), pl.program_id(1) // blocks, pl.program_id(1) % blocks
     queries, keys = pl.ds(i * tile[0], tile[0]), pl.ds(j * tile[1], tile[1])
-    widths = parts(q.shape[3])
 
-    def add_head(h, total):
-        scores = products(
-            [q[b, h, queries, part] for part in widths], [k[b, h, keys, part] for part in widths]
-        )
-        return total + jnp.exp2(scores * (scale * LOG2_E) - lse[b, h, queries][:, None])
+    def add_chunk(n, carry):
+        scores, total = carry
+        h, c = jax.lax.div(n, chunks), jax.lax.rem(n, chunks)
+        features = pl.ds(c * width, width)
+        offset = minus_lse[b, h, queries][:, None]
+        scores += dot(q[b, h, queries, features], k[b, h, keys, features].T)
+
+        def finish_head():
+            return jnp.zeros_like(scores), total + exp2(scores, scale * LOG2_E, offset)
+
+        return jax.lax.cond(c == chunks - 1, finish_head, lambda: (scores, total))
 
     live = (first[b, i] <= j) & (j < end[b, i])
-    heads = live.astype(jnp.int32) * q.shape[1]  # none where there is nothing to do
-    total = jax.lax.fori_loop(0, heads, add_head, jnp.zeros(tile, jnp.float32))
+    steps = live.astype(jnp.int32) * (q.shape[1] * chunks)  # none where there is nothing to do
+    zeros = jnp.zeros(tile, jnp.float32)
+    _, total = jax.lax.fori_loop(0, steps, add_chunk, (zeros, zeros))
     mask = belongs(words, b, queries, j, tile[1])
     target[b, queries, keys] = jnp.where(mask, total / q.shape[1], 0)

@@ -78,6 +78,7 @@ CASES = {
     "one query": lambda **how: Case(documents(2, 1, 90), **how),
     "equal scores": lambda **how: selected(2, 40, 60, size=0.0, **how),
     "released widths, 8192 keys": lambda **how: Case(documents(1, 20, 8192), widths=(192, 128), **how),
+    "blocks that nobody sees in a length off the tile": lambda **how: Case(documents(1, 330, 330), **how),
 }
 
 
@@ -137,10 +138,17 @@ def test_no_query_sees_anything(implementation):
     assert all(np.all(np.asarray(g) == 0) for g in case.run_backward(implementation))
 
 
-def test_a_mask_of_another_size_is_refused():
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_mask_of_another_size_is_refused(platform):
     case = CASES["a selection"]()
     with (
-        interpreted("tpu"),
+        interpreted(platform),
         pytest.raises(UnsupportedError, match=r"packed mask, uint32\[B, 2, 53\].*\[2, 1, 53\]"),
     ):
         dense_mla(*case.arrays, case.limits[0], case.limits[1][:, :1], scale=SCALE)
+
+
+def test_heads_too_wide_for_a_gpu_are_refused():
+    case = selected(1, 3, 4, widths=(200, 128))
+    with interpreted("gpu"), pytest.raises(UnsupportedError, match=r"200 and 128 wide.* 320 together"):
+        dense_mla(*case.arrays, *case.limits, scale=SCALE)
