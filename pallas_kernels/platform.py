@@ -8,6 +8,7 @@ import jax
 from jax.experimental.pallas import tpu as pltpu
 
 _interpreted = jax.make_user_context((None, False))  # platform, whether races are looked for
+_debugging = jax.make_user_context(False)
 
 
 class UnsupportedError(ValueError):
@@ -20,6 +21,19 @@ def interpreted(platform: Literal["tpu", "gpu"], *, detect_races: bool = False) 
     Where ``detect_races``, the TPU's interpreter looks for copies that nobody waited for; ten times as slow.
     """
     return _interpreted((platform, detect_races))
+
+
+def debug() -> AbstractContextManager:
+    """Within this context an index that is no key, or stands twice, stops the program with a sentence that names it.
+
+    For programs made within it; the check costs a sort of every list of indices and a call of the host.
+    """
+    return _debugging(True)
+
+
+def debugging() -> bool:
+    """Whether it is on."""
+    return _debugging.value
 
 
 def target() -> str:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import checks
 from pallas_kernels.indexer import gpu, reference, tpu
 from pallas_kernels.platform import UnsupportedError, choose
 from pallas_kernels.shapes import Array, Float
@@ -28,17 +29,34 @@ def index_scores(
     Both q and k may be float8_e4m3fn: then the scales of the queries, which must be positive, belong in ``w``, those
     of the keys are ``k_scale``, which multiplies the scores of its key, and there is no gradient.
 
-    Raises UnsupportedError where e4m3 operands are differentiated.
+    Raises UnsupportedError for arguments that do not fit, and where e4m3 operands are differentiated.
 
     Source: V3.2-Exp report eq. 1; checkpoint keys ``indexer.*``.
     """
     available = {"reference": reference.index_scores, "tpu": tpu.index_scores, "gpu": gpu.index_scores}
     chosen = choose("index_scores", implementation, available)
+    _check(q, k, w, visibility, k_scale, kernel=chosen is not reference.index_scores)
     if q.dtype != jnp.float8_e4m3fn:
         return chosen(q, k, w, visibility)
     if k_scale is None:
         k_scale = jnp.ones(k.shape[:2], jnp.float32)
     return _forward_only(chosen, q, k, w, visibility, k_scale)
+
+
+def _check(q, k, w, visibility: Visibility, k_scale, *, kernel: bool) -> None:
+    op, limits, scale = "index_scores", checks.limits(visibility), {}
+    if k_scale is not None:
+        scale = {"k_scale": k_scale}
+        if q.dtype != jnp.float8_e4m3fn:
+            raise UnsupportedError(
+                f"{op}: k_scale was given with q in {q.dtype}, and it is for float8_e4m3fn: multiply k by it"
+            )
+    axes = {"q": (q, "B T N J"), "k": (k, "B S J"), "w": (w, "B T N"), **limits}
+    checks.shapes(op, axes | {name: (array, "B S") for name, array in scale.items()})
+    checks.alike(op, {"q": q, "k": k})
+    operands = {} if q.dtype == jnp.float8_e4m3fn else {"q": q, "k": k}
+    checks.floats(op, operands | {"w": w} | scale, kernel=kernel)
+    checks.integers(op, limits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

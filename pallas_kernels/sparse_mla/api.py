@@ -1,5 +1,6 @@
 """Sparse multi-head latent attention: every query attends to its own list of keys."""
 
+from pallas_kernels import checks
 from pallas_kernels.platform import choose
 from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.sparse_mla import gpu, reference, tpu
@@ -18,12 +19,19 @@ def sparse_mla(
 
     All heads share one key-value row a token: the latent (C = ``latent_dim``) followed by the rotary key (R).
     The selection is a list or a packed mask, as ``topk.select`` gives it: the reference and the GPU read lists,
-    the TPU masks. Indices must not repeat within a row. A query that selected nothing gets o = 0 and lse = -inf.
-    Only selected pairs are computed, or little more. Returns o in the dtype of ``kv`` and the float32
-    log-sum-exp; differentiable in ``q`` and ``kv``.
+    the TPU masks. Indices must not repeat within a row (``platform.debug`` looks). A query that selected nothing gets
+    o = 0 and lse = -inf. Only selected pairs are computed, or little more. Returns o in the dtype of ``kv`` and the
+    float32 log-sum-exp; differentiable in ``q`` and ``kv``.
+
+    Raises UnsupportedError for arguments that do not fit.
 
     Source: V3.2-Exp report §1 (MQA form), V2 report §2.1.3 (absorbed weights).
     """
     available = {"reference": reference.sparse_mla, "tpu": tpu.sparse_mla, "gpu": gpu.sparse_mla}
     chosen = choose("sparse_mla", implementation, available)
+    checks.shapes("sparse_mla", {"q": (q, "B T H X"), "kv": (kv, "B S X")})
+    checks.alike("sparse_mla", {"q": q, "kv": kv})
+    checks.floats("sparse_mla", {"q": q, "kv": kv}, kernel=chosen is not reference.sparse_mla)
+    checks.latent_dim_within("sparse_mla", latent_dim, q.shape[-1])
+    selection = checks.selection_of("sparse_mla", selection, q.shape[0], q.shape[1], kv.shape[1])
     return chosen(q, kv, selection, latent_dim=latent_dim, scale=scale)

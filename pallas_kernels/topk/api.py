@@ -1,5 +1,8 @@
 """Exact top-k selection, ties to the lowest index."""
 
+from collections.abc import Callable, Mapping
+
+from pallas_kernels import checks
 from pallas_kernels.platform import choose
 from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.topk import gpu, reference, tpu
@@ -14,10 +17,12 @@ def topk_indices(
     are equal) are taken in order of index, so every platform selects the same. Scores must not be NaN. Not
     differentiable: selection has no gradient.
 
+    Raises UnsupportedError for arguments that do not fit.
+
     Source: V3.2-Exp report eq. 2.
     """
     available = {"reference": reference.topk_indices, "tpu": tpu.topk_indices, "gpu": gpu.topk_indices}
-    return choose("topk_indices", implementation, available)(scores, k)
+    return _run("topk_indices", implementation, available, scores, k)
 
 
 def topk_mask(
@@ -25,7 +30,7 @@ def topk_mask(
 ) -> UInt32[Array, "B W S"]:
     """The same selection as a packed mask (``selection``)."""
     available = {"reference": reference.topk_mask, "tpu": tpu.topk_mask, "gpu": gpu.topk_mask}
-    return choose("topk_mask", implementation, available)(scores, k)
+    return _run("topk_mask", implementation, available, scores, k)
 
 
 def select(
@@ -33,4 +38,13 @@ def select(
 ) -> Int[Array, "B T K"] | UInt32[Array, "B W S"]:
     """The same selection in the form that ``sparse_mla`` reads on this platform."""
     available = {"reference": reference.topk_indices, "tpu": tpu.topk_mask, "gpu": gpu.topk_indices}
-    return choose("select", implementation, available)(scores, k)
+    return _run("select", implementation, available, scores, k)
+
+
+def _run(
+    op: str, implementation: str | None, available: Mapping[str, Callable], scores: Array, k: int
+) -> Array:
+    chosen = choose(op, implementation, available)
+    checks.shapes(op, {"scores": (scores, "B T S")})
+    checks.floats(op, {"scores": scores}, kernel=chosen is not available["reference"])
+    return chosen(scores, checks.positive(op, "k", k))
