@@ -10,7 +10,8 @@ Everything that a layer of the 671B model runs at 128K tokens, forward and backw
 own compiler. The table says for each TPU kernel how much VMEM it takes, how many instruction bundles its hottest loop
 has, and which share of the slots for matrix products, vector arithmetic, loads and stores they fill. Bundles are
 counted, not timed: waiting for memory is not in them. For each GPU kernel it says registers a thread, bytes spilt
-from them and shared memory.
+from them, shared memory, blocks that a multiprocessor holds, and how many instructions for asynchronous products
+(wgmma) and asynchronous copies its program has: without them it is slow.
 """
 
 import argparse
@@ -61,7 +62,14 @@ GPU_KERNELS = {
         "listed_index_scores",
         "listed_index_scores_backward",
     ),
-    "dense": ("index_scores_dq", "index_scores_dk"),
+    "dense": (
+        "index_scores_dq",
+        "index_scores_dk",
+        "dense_mla",
+        "dense_mla_dq",
+        "dense_mla_dkv",
+        "dense_indexer_loss_target",
+    ),
 }
 # What the compiler asks of a device. Source: CUDA's device query for this one
 H100 = """
@@ -103,13 +111,23 @@ class GpuKernel(NamedTuple):
     registers: int  # a thread
     spilt_bytes: int
     shared_bytes: int
+    threads: int
+    products: int
+    copies: int
 
     @staticmethod
     def header() -> str:
-        return f"{'registers':>10}{'spilt':>7}{'shared KB':>11}"
+        return f"{'registers':>10}{'spilt':>7}{'shared KB':>11}{'blocks':>8}{'wgmma':>7}{'copies':>8}"
 
     def row(self) -> str:
-        return f"{self.registers:10}{self.spilt_bytes:7}{self.shared_bytes / 1024:11.1f}"
+        used = f"{self.registers:10}{self.spilt_bytes:7}{self.shared_bytes / 1024:11.1f}{self.blocks:8}"
+        return f"{used}{self.products:7}{self.copies:8}"
+
+    @property
+    def blocks(self) -> int:
+        """How many a multiprocessor of compute capability 9 holds at a time."""
+        registers = -(-self.registers // 8) * 8 * self.threads
+        return min(65536 // registers, (228 << 10) // (self.shared_bytes + 1024), 2048 // self.threads)
 
 
 def main() -> None:
@@ -182,10 +200,6 @@ def compile_program(chip: str, program: str, queries: int, keys: int):
             sparse_indexer_loss(*index, q, kv, lse, selection, scale=scale)
         )
 
-    def of_index(index, limits):
-        scores = index_scores(*index, limits)
-        return jnp.sum(jnp.where(scores > 0, scores, 0))
-
     def dense(index, q, k, v, limits):
         scores = index_scores(*index, limits)
         selected = topk_mask(scores, TOPK)
@@ -197,8 +211,6 @@ def compile_program(chip: str, program: str, queries: int, keys: int):
         width = LATENT + ROPE
         arrays = (index, of(b16, queries, HEADS, width), of(b16, keys, width), limits)
         function = jax.grad(sparse, argnums=(0, 1, 2))
-    elif chip == "h100":  # where masked attention is the reference's
-        arrays, function = (index, limits), jax.grad(of_index)
     else:
         shapes = ((queries, NOPE + ROPE), (keys, NOPE + ROPE), (keys, VALUE))
         arrays = (index, *(of(b16, DENSE_HEADS, *shape) for shape in shapes), limits)
@@ -263,7 +275,7 @@ def read_gpu_dump(program: str, files: set[Path]) -> list[GpuKernel]:
     import nvidia.cuda_nvcc
 
     assembler = Path(next(iter(nvidia.cuda_nvcc.__path__))) / "bin" / "ptxas"
-    used, shared = {}, {}
+    used, shared, instructions = {}, {}, {}
     for path in files:
         if path.suffix == ".ptx":
             command = [assembler, "-arch=sm_90a", "-v", path, "-o", os.devnull]
@@ -272,10 +284,23 @@ def read_gpu_dump(program: str, files: set[Path]) -> list[GpuKernel]:
             pattern = r"properties for (\w+)\n.*?, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) reg"
             for name, stores, loads, registers in re.findall(pattern, log):
                 used[name] = int(registers), int(stores) + int(loads)
+            instructions |= read_assembly(path.read_text())
         elif "thunk_sequence" in path.name:
             for name, size in re.findall(r"\] (\w+) grid: .*shared_memory: (\d+) bytes", path.read_text()):
                 shared[name] = int(size)
-    return [GpuKernel(program, name, *used[name], shared[name]) for name in GPU_KERNELS[program]]
+    return [
+        GpuKernel(program, name, *used[name], shared[name], *instructions[name])
+        for name in GPU_KERNELS[program]
+    ]
+
+
+def read_assembly(text: str) -> dict[str, tuple[int, int, int]]:
+    """Of each kernel: threads of a block, asynchronous products and asynchronous copies."""
+    entries = re.findall(r"\.entry (\w+)\(.*?\.reqntid (\d+)(.*?)\n}", text, re.DOTALL)
+    return {
+        name: (int(threads), body.count("wgmma.mma_async"), len(re.findall(r"cp\.async\.c[ag]\.", body)))
+        for name, threads, body in entries
+    }
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def _target(q, k, lse, words, scale) -> Float[Array, "B T S"]:
     (target,) = call(
         functools.partial(_kernel, tile=tile, scale=scale),
         [*rows_of_queries(words, tile), q, k, pad_axis(-to_base_2(lse), 2, tile[0])],
-        name="indexer_loss_target",
+        name="dense_indexer_loss_target",
         # Tiles of the same keys one after another: they are many, and the queries of a block stay in the cache.
         grid=(shape[1] // tile[0], batch * shape[2] // tile[1]),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32)],
