@@ -7,36 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import normal, quick_jit
+from sorted_selection import check_selection, mask_of, selected_by_sorting
 from visible import packed
 
 from pallas_kernels.selection import unpack_mask
-from pallas_kernels.topk.api import topk_indices, topk_mask
+from pallas_kernels.topk.api import topk_mask
 
-mask_of = quick_jit(topk_mask, static_argnames=("k", "implementation"))
-indices_of = quick_jit(topk_indices, static_argnames=("k", "implementation"))
 on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 
 
-def selected_by_sorting(scores: np.ndarray, k: int) -> np.ndarray:
-    """Row by row. numpy's stable sort keeps equal scores, and 0.0 and -0.0 are equal, in order of index."""
-    mask = np.zeros(scores.shape, bool)
-    for row in np.ndindex(scores.shape[:-1]):
-        places = np.flatnonzero(scores[row] > -np.inf)
-        best = places[np.argsort(-scores[row][places].astype(np.float64), kind="stable")[:k]]
-        mask[row][best] = True
-    return mask
-
-
 def check(implementation: str, scores: np.ndarray, visible: np.ndarray, k: int) -> None:
-    scores = np.where(visible, scores, -np.inf).astype(scores.dtype).reshape(-1, *scores.shape[-2:])
-    expected = selected_by_sorting(scores, k)
-    np.testing.assert_array_equal(mask_of(scores, k, implementation=implementation), packed(expected))
-    indices = np.asarray(indices_of(scores, k, implementation=implementation))
-    assert indices.dtype == np.int32
-    assert indices.shape == (*scores.shape[:-1], k)
-    for row in np.ndindex(scores.shape[:-1]):
-        chosen = np.flatnonzero(expected[row])
-        np.testing.assert_array_equal(indices[row], np.pad(chosen, (0, k - chosen.size), constant_values=-1))
+    scores = np.where(visible, scores, -np.inf).astype(scores.dtype)
+    check_selection(implementation, scores.reshape(-1, *scores.shape[-2:]), k)
 
 
 def causal(rows: int, keys: int) -> np.ndarray:
@@ -85,6 +67,14 @@ def test_a_hundred_seeds(implementation):
     scores = np.stack(rows).astype(np.float32)
     visible = np.arange(keys) <= np.linspace(0, 1.3 * keys, len(rows), dtype=int)[:, None]
     check(implementation, scores, visible, 512)
+
+
+@pytest.mark.parametrize("implementation", ["tpu, races looked for"], indirect=True)
+@pytest.mark.parametrize("name", ["random", "half constant"])
+def test_copies_are_waited_for(implementation, name):
+    """Two blocks of rows and of keys, ties at the threshold or none."""
+    scores = np.tile(np.asarray(SCORES[name], np.float32), (1, 1, 7))
+    check(implementation, scores, causal(40, 2100), 64)
 
 
 @on_every_platform
