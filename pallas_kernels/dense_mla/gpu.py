@@ -180,17 +180,16 @@ def products(left: Iterable[Array], right: Iterable[Array]) -> Array:
 def _forward_kernel(words, first, end, q, k, v, o, lse, *, tile: tuple[int, int], scale: float):
     b, h, i, queries = _block(q.shape[1], tile[0])
     widths, values = parts(q.shape[3]), parts(v.shape[3])
-    q_parts = [q[b, h, queries, part] for part in widths]
+    q_parts, factor = [q[b, h, queries, part] for part in widths], scale * LOG2_E
 
     def attend_tile(j, carry):
         totals, before, sums = carry
         keys = pl.ds(j * tile[1], tile[1])
         scores = products(q_parts, [k[b, h, keys, part] for part in widths])
         scores = jnp.where(belongs(words, b, queries, j, tile[1]), scores, LOW)
-        highest = jnp.maximum(before, jnp.max(scores, axis=1))
-        # The scale comes after the maximum, where it is one instruction with the difference.
-        p = exp2(scores, scale * LOG2_E, -(highest * (scale * LOG2_E))[:, None])
-        shrink = jnp.exp2((before - highest) * (scale * LOG2_E))
+        highest = jnp.maximum(before, jnp.max(scores, axis=1) * factor)
+        p = exp2(scores, factor, -highest[:, None])
+        shrink = jnp.exp2(before - highest)
         weights = p.astype(v.dtype)
         totals = [
             total * shrink[:, None] + dot(weights, v[b, h, keys, part])
@@ -200,14 +199,14 @@ def _forward_kernel(words, first, end, q, k, v, o, lse, *, tile: tuple[int, int]
 
     start = (
         [jnp.zeros((tile[0], part.size), jnp.float32) for part in values],
-        jnp.full((tile[0],), LOW / 2, jnp.float32),
+        jnp.full((tile[0],), LOW / 2 * factor, jnp.float32),
         jnp.zeros((tile[0],), jnp.float32),
     )
     totals, highest, sums = jax.lax.fori_loop(first[b, i], end[b, i], attend_tile, start)
     divisor = jnp.where(sums > 0, sums, 1)
     for total, part in zip(totals, values, strict=True):
         o[b, h, queries, part] = (total / divisor[:, None]).astype(o.dtype)
-    lse[b, h, queries] = jnp.where(sums > 0, highest * scale + jnp.log(divisor), -jnp.inf)
+    lse[b, h, queries] = jnp.where(sums > 0, highest / LOG2_E + jnp.log(divisor), -jnp.inf)
 
 
 def _attend_bwd(scale, residuals, gradients):
