@@ -90,7 +90,7 @@ def prepare(
     missing_blocks = sizes.blocks - selected.shape[1]
     selected = pad_axis(jnp.pad(selected, [(0, 0), (0, missing_blocks), (0, 0)]), 2, BITS)
     q = q.reshape(sizes.batch, sizes.blocks * sizes.columns, sizes.width)
-    return Operands(q, _rows(kv, index_k, selected, sizes), _union(selected)), sizes
+    return Operands(q, _rows(kv, index_k, selected, sizes), union_of(selected)), sizes
 
 
 def pad_queries(x: Float[Array, "B T H ..."], blocks_multiple: int = 1) -> Array:
@@ -106,25 +106,26 @@ def pad_features(x: Array, latent_dim: int) -> Array:
 
 def _rows(kv: Array, index_k: Array | None, selected: Array, sizes: Sizes) -> Int[Array, "B S Y"]:
     """Words of each key: latent, rotary part in the upper halves, index key, selection of every block."""
-    rope = _halves(kv[..., sizes.latent :]) << 16
-    words = [_paired(kv[..., : sizes.latent]), rope, selected.swapaxes(1, 2)]
+    rope = halves(kv[..., sizes.latent :]) << 16
+    words = [paired(kv[..., : sizes.latent]), rope, selected.swapaxes(1, 2)]
     if index_k is not None:
-        words.insert(2, _paired(index_k))
+        words.insert(2, paired(index_k))
     return pad_axis(jax.lax.bitcast_convert_type(jnp.concatenate(words, axis=-1), jnp.int32), 2, LANES)
 
 
-def _halves(x: Array) -> UInt32[Array, "B S X"]:
+def halves(x: Array) -> UInt32[Array, "B S X"]:
+    """The bits of bfloat16 numbers, in the lower halves of words."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
 
 
-def _paired(x: Array) -> UInt32[Array, "B S X/2"]:
+def paired(x: Array) -> UInt32[Array, "B S X/2"]:
     """Each word holds a number of the first half of the features below one of the second."""
-    low, high = jnp.split(_halves(x), 2, axis=-1)
+    low, high = jnp.split(halves(x), 2, axis=-1)
     return low | (high << 16)
 
 
-def _union(selected: UInt32[Array, "B W S"]) -> Int[Array, "B W 1 S/32"]:
-    """One bit a key: whether any query of the block selected it."""
+def union_of(selected: UInt32[Array, "B W S"]) -> Int[Array, "B W 1 S/32"]:
+    """One bit a key: whether any query of a block selected it."""
     batch, blocks, keys = selected.shape
     used = (selected != 0).astype(jnp.uint32).reshape(batch, blocks, 1, keys // BITS, BITS)
     bits = jnp.sum(used << jnp.arange(BITS, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
@@ -138,6 +139,17 @@ class Gather(NamedTuple):
     rows: Ref  # [S, Y] of the sequence
     tiles: Ref  # [2, KEYS, Y]
     arrived: Ref  # a semaphore for each
+    # Where the row of the first key of a word of the union lies; those of its other keys follow.
+    first_row: Callable[[Int[Array, ""]], Int[Array, ""]] = lambda word: word * BITS
+    notes: "Notes | None" = None
+
+
+class Notes(NamedTuple):
+    """A number for each key of a tile that is not in its row."""
+
+    of: Callable[[Int[Array, ""]], Int[Array, ""]]
+    written: Ref  # [2, 1, KEYS], in scalar memory
+    tile: Ref  # [1, KEYS], those of the tile that is worked on
 
 
 class Scatter(NamedTuple):
@@ -164,12 +176,12 @@ class Scatter(NamedTuple):
     ) -> None:
         """Adds to a tile of sums and starts to write it back."""
 
-        def write(key, place):
+        def write(key, _, place):
             _copy(self.tiles.at[buffer], place, self.sums, key, self.written.at[buffer])
 
         _wait(self.tiles.at[buffer], self.read.at[buffer], count)
         self.tiles[buffer] += self.added[...]
-        _for_each_key(union, first_word, write)
+        _for_each_key(union, first_word, write, lambda word: word * BITS)
 
     def wait_for_writing(self, buffer: Int[Array, ""], count: Int[Array, ""]) -> None:
         """Until the tile may be used again."""
@@ -185,12 +197,14 @@ def over_tiles(
     """
 
     def fetch(first_word, buffer):
-        def copy(key, place):
-            _copy(gather.rows, key, gather.tiles.at[buffer], place, gather.arrived.at[buffer])
+        def copy(key, row, place):
+            _copy(gather.rows, row, gather.tiles.at[buffer], place, gather.arrived.at[buffer])
+            if gather.notes:
+                gather.notes.written[buffer, 0, place] = gather.notes.of(key)
             if scatter:
                 _copy(scatter.sums, key, scatter.tiles.at[buffer], place, scatter.read.at[buffer])
 
-        return _for_each_key(gather.union, first_word, copy)
+        return _for_each_key(gather.union, first_word, copy, gather.first_row)
 
     def step(state):
         buffer, count, first_word, next_word, being_written = state
@@ -198,6 +212,8 @@ def over_tiles(
             scatter.wait_for_writing(1 - buffer, being_written)
         word_after, next_count = fetch(next_word, 1 - buffer)
         _wait(gather.tiles.at[buffer], gather.arrived.at[buffer], count)
+        if gather.notes:
+            pltpu.sync_copy(gather.notes.written.at[buffer], gather.notes.tile)
         work(gather.tiles.at[buffer], count)
         if scatter:
             scatter.add(gather.union, first_word, buffer, count)
@@ -230,20 +246,25 @@ def _wait(tile: Ref, semaphore: Ref, count: Int[Array, ""]) -> None:
 
 
 def _for_each_key(
-    union, first_word: Int[Array, ""], visit: Callable[[Array, Array], None]
+    union,
+    first_word: Int[Array, ""],
+    visit: Callable[[Array, Array, Array], None],
+    first_row: Callable[[Array], Array],
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """``visit(key, place in the tile)`` for the keys of whole words, as long as a tile has room for one more word.
+    """``visit(key, row, place in the tile)`` for the keys of whole words, as long as a tile has room for one more.
 
     Returns the first word that is left and the number of keys.
     """
 
     def next_word(state):
         word, count = state
+        row = first_row(word)
 
         def next_bit(state):
             bits, count = state
             lowest = bits & -bits
-            visit(word * BITS + 31 - jax.lax.clz(lowest), count)
+            bit = 31 - jax.lax.clz(lowest)
+            visit(word * BITS + bit, row + bit, count)
             return bits ^ lowest, count + 1
 
         return word + 1, jax.lax.while_loop(lambda s: s[0] != 0, next_bit, (union[0, 0, 0, word], count))[1]
@@ -262,19 +283,20 @@ def unpack(
     filled = jax.lax.broadcasted_iota(jnp.int32, (KEYS, 1), 0) < count
     half = sizes.latent // 2
     latents = jnp.where(filled, tile[:, :half], 0)
-    keys[:, :half] = _upper_half(latents << 16)
-    keys[:, half : 2 * half] = _upper_half(latents)
+    keys[:, :half] = upper_half(latents << 16)
+    keys[:, half : 2 * half] = upper_half(latents)
     rest = jnp.where(filled, tile[:, half:], 0)
-    keys[:, 2 * half :] = _upper_half(rest[:, : sizes.rope])
+    keys[:, 2 * half :] = upper_half(rest[:, : sizes.rope])
     if index_keys is not None:
         pairs = rest[:, sizes.rope : sizes.rope + sizes.index_width // 2]
-        index_keys[...] = jnp.concatenate([_upper_half(pairs << 16), _upper_half(pairs)], axis=1)
+        index_keys[...] = jnp.concatenate([upper_half(pairs << 16), upper_half(pairs)], axis=1)
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, rest.shape[1]), 1)
     own = lane == sizes.rope + sizes.index_width // 2 + block
     words[...] = jnp.sum(jnp.where(own, rest, 0), axis=1, keepdims=True)
 
 
-def _upper_half(words: Int[Array, "K X"]) -> Float[Array, "K X"]:
+def upper_half(words: Int[Array, "K X"]) -> Float[Array, "K X"]:
+    """The bfloat16 numbers in the upper halves of words."""
     return jax.lax.bitcast_convert_type(words & jnp.int32(-65536), jnp.float32).astype(jnp.bfloat16)
 
 

@@ -1,0 +1,1 @@
+"""Attention of one to a few new tokens of each sequence over a cache in pages."""
