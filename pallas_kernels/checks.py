@@ -11,6 +11,7 @@ from jax.core import Tracer
 from pallas_kernels.platform import UnsupportedError, debugging
 from pallas_kernels.selection import require_mask
 from pallas_kernels.shapes import Array, Bool, Int, UInt32
+from pallas_kernels.triton import power_of_two
 from pallas_kernels.visibility import Visibility
 
 Named = Mapping[str, tuple[Array, str]]  # an argument's name, and the letters of its axes
@@ -94,6 +95,21 @@ def latent_dim_within(op: str, latent_dim: int, width: int) -> None:
         raise UnsupportedError(
             f"{op}: latent_dim is {latent_dim}, and rows are {width} wide: it should be from 1 to {width - 1}, as a "
             "rotary part follows the latent"
+        )
+
+
+def rows_fit_gpu(op: str, latent_dim: int, rows: Array) -> None:
+    """Raises UnsupportedError unless tiles of such rows [B, S, C+R] fit the shared memory of a Hopper multiprocessor.
+
+    As compiled for an H100 with 64 heads a block: what is wider is refused by its compiler.
+    """
+    most = 320 if rows.dtype == jnp.float32 else 576
+    width = power_of_two(latent_dim) + power_of_two(rows.shape[-1] - latent_dim)
+    if width > most:
+        raise UnsupportedError(
+            f"{op}: rows are {latent_dim} + {rows.shape[-1] - latent_dim} wide in {rows.dtype}, {width} as the powers "
+            f"of two that the GPU kernel reads, and it has memory for {most}: use bfloat16, narrower ones, or "
+            "implementation='reference'"
         )
 
 

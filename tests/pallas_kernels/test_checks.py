@@ -156,6 +156,26 @@ def test_kernels_have_no_float64(implementation):
     refused(select, {"scores": a("float64", B, T, S)}, sentence.format("scores"), k=3, **options)
 
 
+@pytest.mark.parametrize("implementation", ["gpu"], indirect=True)
+def test_rows_too_wide_for_a_gpu(implementation):
+    """The released model's fit in bfloat16 alone; others as compiled for an H100."""
+    options = {"scale": 1.0, "implementation": implementation}
+
+    def arguments(dtype, width):
+        arrays = {"q": a(dtype, B, T, 64, width), "kv": a(dtype, B, S, width)}
+        return arrays | {"selection": a("int32", B, T, K)}
+
+    sentence = r"rows are 512 \+ 64 wide in float32.*memory for 320: use bfloat16, narrower ones"
+    refused(sparse_mla, arguments("float32", 576), sentence, latent_dim=512, **options)
+    refused(sparse_mla, arguments("bfloat16", 640), r"rows are 512 \+ 128 wide", latent_dim=512, **options)
+    refused(sparse_mla, arguments("bfloat16", 577), r"rows are 513 \+ 64 wide", latent_dim=513, **options)
+    for dtype, latent in (("bfloat16", 512), ("float32", 256)):
+        jax.eval_shape(
+            lambda x, latent=latent: sparse_mla(**x, latent_dim=latent, **options),
+            arguments(dtype, latent + 64),
+        )
+
+
 # Within debug mode: indices that are no keys.
 
 Q, KV = (jnp.asarray(normal(i, *shape), jnp.bfloat16) for i, shape in enumerate([(2, 4, 3, 32), (2, 20, 32)]))
