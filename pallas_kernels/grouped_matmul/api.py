@@ -1,0 +1,67 @@
+"""One matrix product for each group of rows: a mixture of experts."""
+
+import functools
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_matmul import gpu, reference, tpu
+from pallas_kernels.platform import UnsupportedError, choose
+from pallas_kernels.shapes import Array, Float, Int
+
+
+def grouped_matmul(
+    rows: Float[Array, "M K"],
+    matrices: Float[Array, "G K N"],
+    sizes: Int[Array, "G"],
+    *,
+    out_dtype=None,
+    implementation: str | None = None,
+) -> Float[Array, "M N"]:
+    """``y[m] = rows[m] · matrices[g]`` for the ``sizes[g]`` rows m of group g; groups lie one behind the other.
+
+    Rows behind the last group give zeros. The cost is that of the rows, M · K · N, however they are spread over the
+    groups; ``jax.lax.ragged_dot``, whose contract this is, costs G times that on CPU and GPU, and on TPU in the
+    gradient of the matrices. ``rows`` and ``matrices`` are both bfloat16 or float32, accumulation is in float32,
+    rounded once to ``out_dtype``, which is that of the rows where it is None. Differentiable in both.
+
+    Raises UnsupportedError for other dtypes, and for sizes that do not fit one another.
+    """
+    _check(rows, matrices, sizes)
+    available = {"reference": reference, "tpu": tpu, "gpu": gpu}
+    kernels = choose("grouped_matmul", implementation, available)  # type: ignore[arg-type]
+    dtype = jnp.dtype(rows.dtype if out_dtype is None else out_dtype)
+    return _product(kernels, dtype, rows, matrices, jnp.asarray(sizes, jnp.int32))  # type: ignore[arg-type]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(kernels: ModuleType, out_dtype: jnp.dtype, rows: Array, matrices: Array, sizes: Array) -> Array:
+    return kernels.product(rows, matrices, sizes, False, out_dtype)
+
+
+def _forward(kernels, out_dtype, rows, matrices, sizes):
+    return _product(kernels, out_dtype, rows, matrices, sizes), (rows, matrices, sizes)
+
+
+def _backward(kernels, out_dtype, residuals, d_y):
+    rows, matrices, sizes = residuals
+    d_y = d_y.astype(rows.dtype)
+    d_rows = kernels.product(d_y, matrices, sizes, True, rows.dtype)
+    return d_rows, kernels.outer_product(rows, d_y, sizes, matrices.dtype), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _check(rows: Array, matrices: Array, sizes: Array) -> None:
+    if rows.dtype != matrices.dtype or rows.dtype not in (jnp.bfloat16, jnp.float32):
+        raise UnsupportedError(
+            f"grouped_matmul multiplies bfloat16 by bfloat16 or float32 by float32, not {rows.dtype} by "
+            f"{matrices.dtype}: convert them first"
+        )
+    if rows.shape[1] != matrices.shape[1] or sizes.shape != matrices.shape[:1]:
+        raise UnsupportedError(
+            f"grouped_matmul: rows {list(rows.shape)}, matrices {list(matrices.shape)} and sizes {list(sizes.shape)} "
+            "do not fit: they are [M, K], [G, K, N] and [G]"
+        )
