@@ -57,6 +57,20 @@ def _range(segment: Int[Array, "B I N"]) -> tuple[Int[Array, "B I"], Int[Array, 
     return lowest, highest
 
 
+def over_seen_keys(step: Callable[[Any, Any], Any], carry: Any, visibility: Visibility, size: int) -> Any:
+    """``carry = step(first key, carry)`` for blocks of ``size`` keys, from the first that anybody may see to the last.
+
+    The number of keys is a multiple. Not differentiable: for forward and backward passes that are written out.
+    """
+    queries, keys = visibility.query_index.shape[1], visibility.key_segment.shape[1]
+    if size == keys:
+        return step(0, carry)
+    live = jnp.any(live_blocks(visibility, queries, size) != 0, axis=(0, 1))
+    place = jnp.arange(keys // size, dtype=jnp.int32)
+    first, end = jnp.min(jnp.where(live, place, keys)), jnp.max(jnp.where(live, place + 1, 0))
+    return jax.lax.fori_loop(first, end, lambda i, carry: step(i * size, carry), carry)
+
+
 def map_rows(function: Callable[..., Any], rows: Any, at_a_time: int, carry: Any = None) -> Any:
     """``function(rows)`` for some rows of every array at a time, the results joined.
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.shapes import Array, Bool, Int
@@ -24,3 +25,8 @@ class Visibility(NamedTuple):
         causal = key_index <= self.query_index[..., None]
         same_segment = self.query_segment[..., None] == self.key_segment[:, None, :]
         return causal & same_segment & (self.query_segment[..., None] != 0)
+
+    def of_keys(self, first: Int[Array, ""], size: int) -> "Visibility":
+        """The limits where only the ``size`` keys from ``first`` on are there."""
+        segment = jax.lax.dynamic_slice_in_dim(self.key_segment, first, size, axis=1)
+        return Visibility(self.query_index - first, self.query_segment, segment)

@@ -133,8 +133,8 @@ class ModelConfig(Freezable):
     # Tokens. Sequences up to this length attend in MHA form under a mask; longer ones gather the selected
     # keys (MQA form).
     dense_attention_max_length: int = 8192
-    # Queries that attend at a time.
-    attention_block_size: int = 128
+    # Queries that attend at a time, at most: short sequences are cut into smaller blocks.
+    attention_block_size: int = 1024
     # What the backward pass recomputes beside attention, which it always does: nothing; each layer but its
     # attention output; each layer whole.
     remat: Literal["none", "layer", "full"] = "layer"

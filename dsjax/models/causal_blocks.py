@@ -15,6 +15,10 @@ PyTree = Any
 # prefix of the keys. Four stretches compute 62 % of the square, and compile four loop bodies.
 _STRETCHES = 4
 
+# Short sequences come in several blocks too, so that stretches spare what they can, but in none so small that its
+# products are slow.
+_LEAST_BLOCKS, _LEAST_QUERIES = 8, 128
+
 # What the backward pass of attention does not compute again.
 KEPT = jax.checkpoint_policies.save_only_these_names(SELECTION, OUTPUT, LSE)
 
@@ -28,11 +32,12 @@ def map_causal_blocks(
 ) -> PyTree:
     """``function(queries of one block, keys up to its end or later)`` over all blocks, joined along the tokens.
 
-    Leaves of ``queries`` and of the result are [B, T, ...]; ``keys_up_to(n)`` gives the first n keys. Only what
-    ``KEPT`` names lives from a block's forward to its backward pass, and all of it is linear in T but the
-    selection: k indices a query, or one bit a key.
+    A block has ``block`` queries, or fewer in a short sequence. Leaves of ``queries`` and of the result are
+    [B, T, ...]; ``keys_up_to(n)`` gives the first n keys. Only what ``KEPT`` names lives from a block's forward to
+    its backward pass, and all of it is linear in T but the selection: k indices a query, or one bit a key.
     """
     length = jax.tree.leaves(queries)[0].shape[1]
+    block = min(block, max(_LEAST_QUERIES, length // _LEAST_BLOCKS))
     blocks = -(-length // block)
     # The barrier keeps jaxlib 0.12.0 on CPUs from fusing bfloat16 products with the padding, which crashes.
     queries = jax.lax.optimization_barrier(_pad_tokens(queries, blocks * block - length))

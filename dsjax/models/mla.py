@@ -49,6 +49,14 @@ class _BlockQueries(NamedTuple):
     segment: Int[Array, "B T"]
 
 
+class _Keys(NamedTuple):
+    """What the absorbed form reads of the tokens that may be attended to."""
+
+    kv: Float[Array, "B S C+R"]
+    index: Float[Array, "B S J"] | None
+    segment: Int[Array, "B S"]
+
+
 class MultiHeadLatentAttention(nnx.Module):
     """MLA over the keys that the lightning indexer selects, or over all where there is no indexer.
 
@@ -144,7 +152,7 @@ class MultiHeadLatentAttention(nnx.Module):
         )
         everyone = jnp.ones(cache.c.shape[:2], jnp.int32)
         block = _BlockQueries(queries, number, jnp.ones_like(number))
-        o, _ = self._sparse_block(block, (cache, everyone), with_loss=False)
+        o, _ = self._sparse_block(block, _Keys(_rows(cache), cache.index_key, everyone), with_loss=False)
         return self.o_proj(o), cache
 
     def selected(
@@ -196,33 +204,37 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def _attend_mqa(self, queries: _BlockQueries, latents: Latents, segment_ids: Array, with_loss: bool):
         """Selected latents gathered, in blocks."""
+        keys = _Keys(_rows(latents), latents.index_key, segment_ids)
 
         def keys_up_to(n: int):
-            return jax.tree.map(lambda x: x[:, :n], (latents, segment_ids))
+            return jax.tree.map(lambda x: x[:, :n], keys)
 
-        def attend(block: _BlockQueries, keys):
+        def attend(block: _BlockQueries, keys: _Keys):
             return self._sparse_block(block, keys, with_loss=with_loss)
 
         return map_causal_blocks(attend, queries, keys_up_to, block=self.config.attention_block_size)
 
-    def _sparse_block(self, block: _BlockQueries, keys: tuple[Latents, Array], *, with_loss: bool):
+    def _sparse_block(self, block: _BlockQueries, keys: _Keys, *, with_loss: bool):
         """One block of queries over the keys it selects, in absorbed form: head outputs and indexer KL."""
-        config = self.config
-        latents, key_segment = keys
+        config, kv = self.config, keys.kv
         dtype = block.queries.nope.dtype
         kv_b = self.kv_b_proj.weight[...].astype(dtype)
         w_uk, w_uv = jnp.split(kv_b, [config.qk_nope_head_dim], axis=-1)
         absorbed = jnp.einsum("bthp,chp->bthc", block.queries.nope, w_uk, preferred_element_type=jnp.float32)
         q = jnp.concatenate([absorbed.astype(dtype), block.queries.pe], axis=-1)
-        kv = jnp.concatenate([latents.c, latents.k_pe], axis=-1)
-        index, index_key = block.queries.indexer, latents.index_key
-        selection = self._select(index, index_key, Visibility(block.number, block.segment, key_segment))
+        index, index_key = block.queries.indexer, keys.index
+        selection = self._select(index, index_key, Visibility(block.number, block.segment, keys.segment))
         scale = config.softmax_scale
         o_latent, lse = sparse_mla(q, kv, selection, latent_dim=config.kv_lora_rank, scale=scale)
         o = jnp.einsum("bthc,chv->bthv", o_latent, w_uv, preferred_element_type=jnp.float32).astype(dtype)
         if index is None or index_key is None or not with_loss:
             return o, _no_loss(block.number)
         return o, sparse_indexer_loss(index.q, index_key, index.w, q, kv, lse, selection, scale=scale)
+
+
+def _rows(latents: Latents) -> Float[Array, "B S C+R"]:
+    """Latent and rotary key side by side, as all heads see them."""
+    return jnp.concatenate([latents.c, latents.k_pe], axis=-1)
 
 
 def _no_loss(number: Int[Array, "B T"]) -> Float[Array, "B T"]:

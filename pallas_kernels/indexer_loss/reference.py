@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.accumulate import wide
 from pallas_kernels.blocks import map_rows
-from pallas_kernels.dense_mla.reference import attended, masked_scores
+from pallas_kernels.dense_mla.reference import KeyBlocks, attended, by_heads, masked_scores
 from pallas_kernels.indexer.reference import listed_index_scores
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
@@ -22,11 +22,6 @@ from pallas_kernels.sparse_mla.reference import (
     selected_scores,
 )
 from pallas_kernels.visibility import Visibility
-
-
-def _mean_over_heads(scores: Array, lse: Array, *, head_axis: int) -> Array:
-    """Attention probabilities from masked scores and their log-sum-exp, averaged over the heads; a constant."""
-    return jax.lax.stop_gradient(jnp.mean(exp_minus(scores, lse), axis=head_axis))
 
 
 def kl_rows(p: Float[Array, "B T S"], scores: Float[Array, "B T S"], mask: Bool[Array, "B T S"]):
@@ -49,9 +44,22 @@ def dense_indexer_loss(
     scale: float,
 ) -> Float[Array, "B T"]:
     """See ``api.dense_indexer_loss``."""
-    mask = attended(visibility, selected)
-    p = _mean_over_heads(masked_scores(q, k, mask, scale), lse, head_axis=1)
-    return kl_rows(p, scores, mask)
+    q, k, lse = jax.lax.stop_gradient((q, k, lse))
+
+    def of_some(queries, blocks: KeyBlocks):
+        q, lse = queries
+
+        def of_keys(first, p):
+            k, mask = blocks.at(first)
+            block = jnp.sum(exp_minus(masked_scores(q, k, mask, scale), lse), axis=1, keepdims=True)
+            return jax.lax.dynamic_update_slice_in_dim(p, block, first, axis=3)
+
+        sequences, _, keys = blocks.shape
+        return blocks.over(of_keys, jnp.zeros((sequences, 1, q.shape[2], keys), wide(q.dtype)))
+
+    sums = by_heads(of_some, (q, lse), (k,), visibility, selected)[..., : scores.shape[2]]
+    p = jax.lax.stop_gradient(jnp.sum(sums, axis=1) / q.shape[1])
+    return kl_rows(p, scores, attended(visibility, selected))
 
 
 def sparse_indexer_loss(
@@ -77,9 +85,8 @@ def _listed_target(q: Array, kv: Array, lse: Array, indices: Array, scale: float
 
     def of_some(operands):
         indices, q, lse = operands
-        return jnp.mean(
-            exp_minus(selected_scores(q, gather_rows(rows, indices), indices, scale), lse), axis=1
-        )
+        scores = selected_scores(q, gather_rows(rows, indices), indices, scale)
+        return jnp.mean(exp_minus(scores.swapaxes(1, 2), lse), axis=1)
 
     number = queries_at_a_time(flat_indices, rows)
     return map_rows(of_some, (flat_indices, *of_queries), number).reshape(indices.shape)

@@ -1,6 +1,7 @@
 """The contract of sparse attention, in plain jnp: gather, then attend, a few queries at a time.
 
-What is gathered for them then stays in a core's cache until it is multiplied.
+What is gathered for them then stays in the cache until it is multiplied. Gathered keys stand in the rows of every
+product that can have them there: they are many more than the heads, and XLA on CPUs multiplies tall matrices faster.
 """
 
 import functools
@@ -14,9 +15,9 @@ from pallas_kernels.blocks import map_rows
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
-from pallas_kernels.softmax import exp_minus, output_delta, sum_exp
+from pallas_kernels.softmax import output_delta, sum_exp
 
-_GATHERED = 1 << 19  # numbers at a time
+_GATHERED = 1 << 22  # numbers at a time: 16 MB
 
 
 def gather_rows(rows: Float[Array, "S X"], indices: Int[Array, "N K"]) -> Float[Array, "N K X"]:
@@ -26,10 +27,10 @@ def gather_rows(rows: Float[Array, "S X"], indices: Int[Array, "N K"]) -> Float[
 
 def selected_scores(
     q: Float[Array, "N H X"], selected: Float[Array, "N K X"], indices: Int[Array, "N K"], scale: float
-) -> Float[Array, "N H K"]:
+) -> Float[Array, "N K H"]:
     """``scale · q · kv`` in float32 for the gathered rows, -inf where the index is -1."""
-    scores = einsum("nhx,nkx->nhk", q, selected)
-    return jnp.where(indices[:, None] >= 0, scores * scale, -jnp.inf)
+    scores = einsum("nkx,nhx->nkh", selected, q)
+    return jnp.where(indices[..., None] >= 0, scores * scale, -jnp.inf)
 
 
 def by_query(indices: Int[Array, "B T K"], keys: Float[Array, "B S X"], *others: Array) -> tuple:
@@ -65,8 +66,9 @@ def _attend(q: Array, kv: Array, indices: Array, latent_dim: int, scale: float) 
     def attend_queries(operands):
         q, indices = operands
         selected = gather_rows(rows, indices)
-        exponentials, total, lse = sum_exp(selected_scores(q, selected, indices, scale))
-        o = einsum("nhk,nkc->nhc", exponentials.astype(kv.dtype), selected[..., :latent_dim])
+        exponentials, total, lse = sum_exp(selected_scores(q, selected, indices, scale).swapaxes(1, 2))
+        # Of whole rows: cutting the latents out of them costs more than multiplying the rest.
+        o = einsum("nhk,nkx->nhx", exponentials.astype(kv.dtype), selected)[..., :latent_dim]
         return (o / total[..., None]).astype(kv.dtype), lse
 
     o, lse = map_rows(attend_queries, (flat_q, flat_indices), queries_at_a_time(flat_indices, rows))
@@ -83,20 +85,21 @@ def _backward(latent_dim, scale, residuals, gradients):
     q, kv, indices, o, lse = residuals
     d_o, d_lse = gradients
     delta = output_delta(o, d_o, d_lse)
+    lse = jnp.where(jnp.isfinite(lse), lse, 0)
     flat_indices, rows, *of_queries = by_query(indices, kv, q, lse, d_o, delta)
     no_rope = [(0, 0), (0, 0), (0, q.shape[-1] - latent_dim)]
 
     def differentiate_queries(d_rows, operands):
         indices, q, lse, d_o, delta = operands
         selected = gather_rows(rows, indices)
-        p = exp_minus(selected_scores(q, selected, indices, scale), lse)
-        d_p = einsum("nhc,nkc->nhk", d_o, selected[..., :latent_dim])
-        d_scores = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
-        d_q = einsum("nhk,nkx->nhx", d_scores, selected).astype(q.dtype)
+        p = jnp.exp(selected_scores(q, selected, indices, scale) - lse[:, None])
+        d_p = einsum("nkc,nhc->nkh", selected[..., :latent_dim], d_o)
+        d_scores = (p * (d_p - delta[:, None]) * scale).astype(q.dtype)
+        d_q = einsum("nkh,nkx->nhx", d_scores, selected).astype(q.dtype)
         # Both parts of the keys' gradient in one product: as scores, and as values.
-        factors = jnp.concatenate([d_scores, p.astype(q.dtype)], axis=1)
+        factors = jnp.concatenate([d_scores, p.astype(q.dtype)], axis=2)
         of_keys = jnp.concatenate([q, jnp.pad(d_o, no_rope)], axis=1)
-        return add_to_rows(d_rows, indices, einsum("nhk,nhx->nkx", factors, of_keys)), d_q
+        return add_to_rows(d_rows, indices, einsum("nkh,nhx->nkx", factors, of_keys)), d_q
 
     d_rows, d_q = map_rows(
         differentiate_queries,
