@@ -52,12 +52,14 @@ def outer_product(
     rows, d_y = (jnp.pad(array, ((0, block), (0, 0))) for array in (rows, d_y))
 
     def run_group(_, bounds):
+        first, end = bounds
+
         def run_block(total, start, own):
             x, d = (jax.lax.dynamic_slice_in_dim(array, start, block) for array in (rows, d_y))
             return total + _dot(jnp.where(own, x, 0), d, (((0,), (0,)), ((), ())))
 
         total = jnp.zeros((rows.shape[1], d_y.shape[1]), jnp.float32)
-        return None, _over_blocks(run_block, total, *bounds, block).astype(out_dtype)
+        return None, _over_blocks(run_block, total, first, end, block).astype(out_dtype)
 
     return jax.lax.scan(run_group, None, _bounds(sizes))[1]
 
