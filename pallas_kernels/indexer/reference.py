@@ -13,6 +13,7 @@ from pallas_kernels.shapes import Array, Float
 from pallas_kernels.visibility import Visibility
 
 _KEYS = 1024  # of a block, whose scores stay in a core's cache
+_UNROLLED = 4  # heads, whose products are added to the sum in one pass over it
 _FEW = 8  # queries, as when decoding: reading all keys once for each head would cost more than what it saves
 
 
@@ -58,7 +59,7 @@ def _scores(q: Array, k: Array, w: Array, visibility: Visibility) -> Array:
             return total + w_n[..., None] * jax.nn.relu(einsum("btj,bsj->bts", q_n, block)), None
 
         start = jnp.zeros((*q.shape[:2], size), wide(q.dtype))
-        total, _ = jax.lax.scan(add_head, start, _by_head(q, w))
+        total, _ = jax.lax.scan(add_head, start, _by_head(q, w), unroll=_UNROLLED)
         total = jnp.where(visibility.of_keys(first, size).mask(), total, -jnp.inf)
         return jax.lax.dynamic_update_slice_in_dim(scores, total, first, axis=2)
 
