@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jax.lax import ragged_dot
 
 from pallas_kernels.expert_mlp.sort import count, sort_by_expert
+from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.shapes import Array, Float, Int
 
 
@@ -24,8 +24,8 @@ def expert_mlp(
     sizes, order = count(experts, gate.shape[0]), sort_by_expert(experts)
     place = jnp.argsort(order)  # where each pair went
     rows = _dispatch(x, order, place)
-    a, b = (ragged_dot(rows, matrix, sizes, preferred_element_type=jnp.float32) for matrix in (gate, up))
-    y = ragged_dot((jax.nn.silu(a) * b).astype(x.dtype), down, sizes)
+    a, b = (grouped_matmul(rows, matrix, sizes, out_dtype=jnp.float32) for matrix in (gate, up))
+    y = grouped_matmul((jax.nn.silu(a) * b).astype(x.dtype), down, sizes)
     y = _permute(y, place, order).reshape(*experts.shape, -1)
     return jnp.einsum("nk,nkd->nd", weights, y.astype(jnp.float32))
 
