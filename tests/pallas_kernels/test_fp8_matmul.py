@@ -109,7 +109,9 @@ def test_scales_over_eight_orders_of_magnitude(implementation):
 def test_reruns_are_equal_to_the_bit(implementation):
     case = Case(20, 256, 128)
     first = np.asarray(case.run(implementation))
-    for _ in range(20):
+    for _ in range(
+        3 if implementation == "gpu" else 20
+    ):  # threads of the GPU's interpreter take a second a run
         np.testing.assert_array_equal(case.run(implementation), first)
 
 
