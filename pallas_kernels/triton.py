@@ -105,15 +105,31 @@ def exp2(x: Array, scale: float, offset: Array) -> Array:
     """
     if gpu_interpreter():
         return jnp.exp2(scale * x + offset)
-    factors = jnp.full(x.shape, scale, x.dtype), jnp.broadcast_to(offset, x.shape)
-    (power,) = triton.elementwise_inline_asm(
+    return _inline(
         "{ .reg .f32 t; fma.rn.f32 t, $1, $2, $3; ex2.approx.ftz.f32 $0, t; }",
-        args=[x, *factors],
+        x,
+        jnp.full(x.shape, scale, x.dtype),
+        offset,
+    )
+
+
+def fma(x: Array, factor: Array, total: Array) -> Array:
+    """``x · factor + total`` of float32 in one instruction, which the compiler does not make of the two."""
+    if gpu_interpreter():
+        return x * factor + total
+    return _inline("fma.rn.f32 $0, $1, $2, $3;", x, factor, total)
+
+
+def _inline(assembly: str, x: Array, *others: Array) -> Array:
+    """``assembly`` for each element: $0 from $1, that of ``x``, and $2 and $3, those of two more, all float32."""
+    (result,) = triton.elementwise_inline_asm(
+        assembly,
+        args=[x, *(jnp.broadcast_to(other, x.shape) for other in others)],
         constraints="=f,f,f,f",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
     )
-    return power
+    return result
 
 
 def dot(a: Array, b: Array) -> Array:

@@ -3,7 +3,7 @@
 Forward: for each head the tile of q [Q, J] meets the keys [K, J]; ReLU, weight and sum follow in registers. Backward,
 with ``g = dI · 1[q·k > 0]``: one kernel for a block of queries and a head, over the keys it may see, gives
 ``dq = w · (g k)`` and ``dw = q · (g k)``; one for a block of keys, over queries and heads, gives
-``dk = Σ_n gᵀ (w q)``. Blocks in which nobody sees anybody cost a row of -inf.
+``dk = Σ_n (w g)ᵀ q``. Blocks in which nobody sees anybody cost a row of -inf.
 
 Operands in e4m3 become float16, which holds each of them exactly: queries beforehand, keys in registers, which asks
 for compute capability 8.9. Triton's product of e4m3 itself is no wgmma on Hopper as long as its sums are to be exact.
@@ -18,11 +18,10 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import live_blocks, pad_axis, pad_visibility
 from pallas_kernels.shapes import Array, Float, Int
-from pallas_kernels.triton import call, dot, power_of_two
+from pallas_kernels.triton import call, dot, fma, power_of_two, span
 from pallas_kernels.visibility import Visibility
 
 _QUERIES, _KEYS = 128, 128  # of a tile, at most
-_BACKWARD_QUERIES = 64
 
 
 class _Padded(NamedTuple):
@@ -67,7 +66,7 @@ def _scores(q, k, w, visibility):
 
 
 def _forward(q, k, w, visibility, k_scale=None):
-    tile = _tile(q, k, _QUERIES)
+    tile = _tile(q, k)
     padded = _pad(q, k, w, visibility, tile)
     live = live_blocks(padded.visibility, *tile)
     scale = [] if k_scale is None else [pad_axis(k_scale.astype(jnp.float32), 1, tile[1])]
@@ -90,15 +89,18 @@ def _scores_fwd(q, k, w, visibility):
 
 def _scores_bwd(residuals, d_scores):
     q, k, w, visibility = residuals
-    tile = _tile(q, k, _BACKWARD_QUERIES)
+    tile = _tile(q, k)
     padded = _pad(q, k, w, visibility, tile)
+    # Once here rather than for every head there.
+    d_scores = jnp.where(visibility.mask(), d_scores, 0).astype(k.dtype)
     d_scores = pad_axis(pad_axis(d_scores, 1, tile[0]), 2, tile[1])
-    live = live_blocks(padded.visibility, *tile)
+    live = live_blocks(padded.visibility, *tile) != 0
     batch, _, heads, _ = padded.q.shape
-    how = {"warps": 8, "stages": 2, "cost": padded.cost(2)}
+    operands = [*padded[:3], d_scores]
+    how = {"warps": 8, "stages": 3, "cost": padded.cost(2)}
     d_q, d_w = call(
         functools.partial(_query_gradients_kernel, tile=tile),
-        [*padded, d_scores, *_span(live)],
+        [*operands, *span(live)],
         name="index_scores_dq",
         grid=(batch * live.shape[1], heads),
         out_shape=[
@@ -109,7 +111,7 @@ def _scores_bwd(residuals, d_scores):
     )
     (d_k,) = call(
         functools.partial(_key_gradient_kernel, tile=tile),
-        [*padded, d_scores, *_span(live.swapaxes(1, 2))],
+        [*operands, *span(live.swapaxes(1, 2))],
         name="index_scores_dk",
         grid=(batch * live.shape[2],),
         out_shape=[jax.ShapeDtypeStruct(padded.k.shape, jnp.float32)],
@@ -123,8 +125,8 @@ def _scores_bwd(residuals, d_scores):
 _scores.defvjp(_scores_fwd, _scores_bwd)
 
 
-def _tile(q: Array, k: Array, most_queries: int) -> tuple[int, int]:
-    return min(most_queries, power_of_two(q.shape[1])), min(_KEYS, power_of_two(k.shape[1]))
+def _tile(q: Array, k: Array) -> tuple[int, int]:
+    return min(_QUERIES, power_of_two(q.shape[1])), min(_KEYS, power_of_two(k.shape[1]))
 
 
 def _pad(q: Array, k: Array, w: Array, visibility: Visibility, tile: tuple[int, int]) -> _Padded:
@@ -133,13 +135,6 @@ def _pad(q: Array, k: Array, w: Array, visibility: Visibility, tile: tuple[int, 
     q, k = pad_axis(pad_axis(q, 3, width), 1, tile[0]), pad_axis(pad_axis(k, 2, width), 1, tile[1])
     w = pad_axis(w.astype(jnp.float32), 1, tile[0])
     return _Padded(q, k, w, *pad_visibility(visibility, *tile))
-
-
-def _span(live: Int[Array, "B I J"]) -> tuple[Int[Array, "B I"], Int[Array, "B I"]]:
-    """First live block of each row, and the one after the last."""
-    place = jnp.arange(live.shape[2], dtype=jnp.int32)
-    first = jnp.min(jnp.where(live != 0, place, live.shape[2]), axis=-1)
-    return first, jnp.max(jnp.where(live != 0, place + 1, 0), axis=-1)
 
 
 def _visible(query_index, query_segment, key_segment, b, queries, j, keys: int):
@@ -162,7 +157,7 @@ def _forward_kernel(
 
     def add_head(n, total):
         products = dot(q[b, queries, n, everything], k_t)
-        return total + jnp.maximum(products, 0) * w[b, queries, n][:, None]
+        return fma(jnp.maximum(products, 0), w[b, queries, n][:, None], total)
 
     heads = live[b, i, j] * q.shape[2]  # none where there is nothing to do
     total = jax.lax.fori_loop(0, heads, add_head, jnp.zeros(tile, jnp.float32))
@@ -172,9 +167,7 @@ def _forward_kernel(
     out[b, queries, keys] = jnp.where(visible, total, -jnp.inf)
 
 
-def _query_gradients_kernel(
-    q, k, w, query_index, query_segment, key_segment, d_out, first, end, d_q, d_w, *, tile: tuple[int, int]
-):
+def _query_gradients_kernel(q, k, w, d_out, first, end, d_q, d_w, *, tile: tuple[int, int]):
     row, n, blocks = pl.program_id(0), pl.program_id(1), first.shape[1]
     b, i = row // blocks, row % blocks
     queries, everything = pl.ds(i * tile[0], tile[0]), pl.ds(0, k.shape[2])
@@ -183,9 +176,8 @@ def _query_gradients_kernel(
     def add_keys(j, total):
         block = pl.ds(j * tile[1], tile[1])
         keys = k[b, block, everything]
-        visible = _visible(query_index, query_segment, key_segment, b, queries, j, tile[1])
-        passed = jnp.where(visible & (dot(q_n, keys.T) > 0), d_out[b, queries, block], 0)
-        return total + dot(passed.astype(keys.dtype), keys)
+        passed = jnp.where(dot(q_n, keys.T) > 0, d_out[b, queries, block], 0)
+        return total + dot(passed, keys)
 
     start = jnp.zeros((tile[0], k.shape[2]), jnp.float32)
     total = jax.lax.fori_loop(first[b, i], end[b, i], add_keys, start)
@@ -193,23 +185,23 @@ def _query_gradients_kernel(
     d_q[b, queries, n, everything] = (total * w[b, queries, n][:, None]).astype(d_q.dtype)
 
 
-def _key_gradient_kernel(
-    q, k, w, query_index, query_segment, key_segment, d_out, first, end, d_k, *, tile: tuple[int, int]
-):
-    row, blocks, heads = pl.program_id(0), first.shape[1], q.shape[2]
+def _key_gradient_kernel(q, k, w, d_out, first, end, d_k, *, tile: tuple[int, int]):
+    """Keys stand in the rows here, queries in the columns: what passed is the left factor as it comes."""
+    row, blocks = pl.program_id(0), first.shape[1]
     b, j = row // blocks, row % blocks
     block, everything = pl.ds(j * tile[1], tile[1]), pl.ds(0, k.shape[2])
     keys = k[b, block, everything]
 
-    def add_head_of_queries(step, total):
-        i, n = step // heads, step % heads
+    def add_queries(i, total):
         queries = pl.ds(i * tile[0], tile[0])
-        q_n = q[b, queries, n, everything]
-        visible = _visible(query_index, query_segment, key_segment, b, queries, j, tile[1])
-        passed = jnp.where(visible & (dot(q_n, keys.T) > 0), d_out[b, queries, block], 0)
-        weighted = (q_n.astype(jnp.float32) * w[b, queries, n][:, None]).astype(keys.dtype)
-        return total + dot(passed.astype(keys.dtype).T, weighted)
+        d_scores = d_out[b, queries, block].T.astype(jnp.float32)
+
+        def add_head(n, total):
+            q_n = q[b, queries, n, everything]
+            passed = jnp.where(dot(keys, q_n.T) > 0, d_scores * w[b, queries, n][None, :], 0)
+            return total + dot(passed.astype(keys.dtype), q_n)
+
+        return jax.lax.fori_loop(0, q.shape[2], add_head, total)
 
     start = jnp.zeros((tile[1], k.shape[2]), jnp.float32)
-    steps = first[b, j] * heads, end[b, j] * heads
-    d_k[b, block, everything] = jax.lax.fori_loop(*steps, add_head_of_queries, start)
+    d_k[b, block, everything] = jax.lax.fori_loop(first[b, j], end[b, j], add_queries, start)
