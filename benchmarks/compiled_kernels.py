@@ -2,6 +2,7 @@
 
     pip install 'jax[tpu]' && python benchmarks/compiled_kernels.py v5p
 
+    pip install absl-py  # which jax's Mosaic GPU imports
     pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION nvidia-cuda-nvcc-cu12 \\
         nvidia-cuda-runtime-cu12 nvidia-cuda-cupti-cu12 nvidia-cuda-nvrtc-cu12 nvidia-nvjitlink-cu12
     python benchmarks/compiled_kernels.py h100      # VERSION is that of jax; nothing else is needed of CUDA
@@ -22,55 +23,15 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+PROGRAMS = ("sparse", "dense", "e4m3", "decode", "decode8", "fp8", "experts")
 SLOTS = ("MXU", "VALU", "VLOAD", "VSTORE")
-HEADS, LATENT, ROPE, INDEX_HEADS, INDEX_DIM, TOPK = 128, 512, 64, 64, 128, 2048
-NOPE, VALUE = 128, 128
-DENSE_HEADS = 32  # of a device: the keys of 128 heads, 48 KB a token, are for more than one at this length
-KERNELS = {
-    "sparse": (
-        "index_scores",
-        "topk_threshold",
-        "topk_pack",
-        "sparse_mla",
-        "sparse_mla_backward",
-        "indexer_loss",
-        "indexer_loss_backward",
-    ),
-    "dense": (
-        "index_scores_dq",
-        "index_scores_dk",
-        "dense_mla",
-        "dense_mla_dq",
-        "dense_mla_dkv",
-        "indexer_loss_target",
-    ),
-}
-
-
-GPU_KERNELS = {
-    "sparse": (
-        "index_scores",
-        "topk_indices",
-        "sparse_mla",
-        "sparse_mla_dkv",
-        "sparse_mla_dq",
-        "indexer_loss_target",
-        "listed_index_scores",
-        "listed_index_scores_backward",
-    ),
-    "dense": (
-        "index_scores_dq",
-        "index_scores_dk",
-        "dense_mla",
-        "dense_mla_dq",
-        "dense_mla_dkv",
-        "dense_indexer_loss_target",
-    ),
-}
 # What the compiler asks of a device. Source: CUDA's device query for this one
 H100 = """
 gpu_device_info {
@@ -138,6 +99,7 @@ def main() -> None:
     parser.add_argument("chip", choices=[*TOPOLOGIES, "h100"])
     parser.add_argument("--queries", type=int, default=1024, help="of a block of attention")
     parser.add_argument("--keys", type=int, default=131072)
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     parser.add_argument("--json", type=Path, help="a file for the same, one object a kernel")
     arguments = parser.parse_args()
     is_gpu = arguments.chip == "h100"
@@ -150,13 +112,20 @@ def main() -> None:
             TPU_SKIP_MDS_QUERY="1",
             TPU_WORKER_HOSTNAMES="localhost",
             TPU_ACCELERATOR_TYPE="v5p-8",
+            MOSAIC_GPU_DUMP_TO=dump,
+            MOSAIC_GPU_DUMP_PTX="1",
+            MOSAIC_GPU_DUMP_PTXAS="1",
             LIBTPU_INIT_ARGS=f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
         )
-        for program in KERNELS:
+        from compiled_programs import programs
+
+        for name, program in programs(arguments.queries, arguments.keys).items():
+            if name not in arguments.programs:
+                continue
             before = set(Path(dump).iterdir())
-            compile_program(arguments.chip, program, arguments.queries, arguments.keys)
+            names = compile_for(arguments.chip, program)
             read_dump = read_gpu_dump if is_gpu else read_tpu_dump
-            kernels += read_dump(program, set(Path(dump).iterdir()) - before)
+            kernels += read_dump(name, names, set(Path(dump).iterdir()) - before)
     print(f"{arguments.chip}: {arguments.queries} queries, {arguments.keys} keys")
     print(f"{'':8}{'kernel':30}{kernels[0].header()}")
     for kernel in kernels:
@@ -165,56 +134,12 @@ def main() -> None:
         arguments.json.write_text(json.dumps([kernel._asdict() for kernel in kernels], indent=1))
 
 
-def compile_program(chip: str, program: str, queries: int, keys: int):
-    """A layer's attention, forward and backward, for one chip; jax is imported after the environment is set."""
+def compile_for(chip: str, program: Callable[[], Any]) -> tuple[str, ...]:
+    """Compiles a program for one chip and returns its kernels' names; jax is imported after the environment is set."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
     from jax.experimental import topologies
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from pallas_kernels.dense_mla.api import dense_mla
-    from pallas_kernels.indexer.api import index_scores
-    from pallas_kernels.indexer_loss.api import dense_indexer_loss, sparse_indexer_loss
-    from pallas_kernels.sparse_mla.api import sparse_mla
-    from pallas_kernels.topk.api import select, topk_mask
-    from pallas_kernels.visibility import Visibility
-
-    def of(dtype, *shape):
-        return jax.ShapeDtypeStruct((1, *shape), dtype)
-
-    b16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
-    limits = Visibility(of(i32, queries), of(i32, queries), of(i32, keys))
-    index = (
-        of(b16, queries, INDEX_HEADS, INDEX_DIM),
-        of(b16, keys, INDEX_DIM),
-        of(f32, queries, INDEX_HEADS),
-    )
-    scale = (NOPE + ROPE) ** -0.5
-
-    def sparse(index, q, kv, limits):
-        scores = index_scores(*jax.lax.stop_gradient(index), limits)
-        selection = select(scores, TOPK)
-        o, lse = sparse_mla(q, kv, selection, latent_dim=LATENT, scale=scale)
-        return jnp.sum(o.astype(f32)) + jnp.sum(
-            sparse_indexer_loss(*index, q, kv, lse, selection, scale=scale)
-        )
-
-    def dense(index, q, k, v, limits):
-        scores = index_scores(*index, limits)
-        selected = topk_mask(scores, TOPK)
-        o, lse = dense_mla(q, k, v, limits, selected, scale=scale)
-        loss = dense_indexer_loss(scores, q, k, lse, limits, selected, scale=scale)
-        return jnp.sum(o.astype(f32)) + jnp.sum(loss)
-
-    if program == "sparse":
-        width = LATENT + ROPE
-        arrays = (index, of(b16, queries, HEADS, width), of(b16, keys, width), limits)
-        function = jax.grad(sparse, argnums=(0, 1, 2))
-    else:
-        shapes = ((queries, NOPE + ROPE), (keys, NOPE + ROPE), (keys, VALUE))
-        arrays = (index, *(of(b16, DENSE_HEADS, *shape) for shape in shapes), limits)
-        function = jax.grad(dense, argnums=(0, 1, 2, 3))
     if chip == "h100":
         topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)
     else:
@@ -222,18 +147,20 @@ def compile_program(chip: str, program: str, queries: int, keys: int):
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with jax.set_mesh(mesh):
-        return jax.jit(function, in_shardings=whole, out_shardings=whole).lower(*arrays).compile()
+        function, arguments, tpu, gpu = program()
+        jax.jit(function, in_shardings=whole, out_shardings=whole).lower(*arguments).compile()
+    return gpu if chip == "h100" else tpu
 
 
-def read_tpu_dump(program: str, files: set[Path]) -> list[TpuKernel]:
+def read_tpu_dump(program: str, names: tuple[str, ...], files: set[Path]) -> list[TpuKernel]:
     """The kernels of a program from what the compiler wrote down, by their names within those of transformations."""
     stages = collections.defaultdict(dict)
     for path in files:
-        match = re.match(r"\d+-(?:jvp_|transpose_)*(\w+?)_*(?:\.\d+)?-\d+-(.+)\.txt", path.name)
+        match = re.match(r"\d+-(?:jvp_|transpose_|jit_)*(\w+?)_*(?:\.\d+)?-\d+-(.+)\.txt", path.name)
         if match:
             stages[match[1]][match[2]] = path
     kernels = []
-    for name in KERNELS[program]:
+    for name in names:
         of_kernel = stages[name]
         bundles = of_kernel["final_bundles"], of_kernel["final_hlo-static-per-bundle-utilization"]
         kernels.append(
@@ -270,7 +197,7 @@ def hottest_loop(bundles: Path, utilization: Path) -> tuple[int, dict[str, float
     return len(work), {slot: sum(r[slot] for r in work) / capacity[slot] / len(work) for slot in SLOTS}
 
 
-def read_gpu_dump(program: str, files: set[Path]) -> list[GpuKernel]:
+def read_gpu_dump(program: str, names: tuple[str, ...], files: set[Path]) -> list[GpuKernel]:
     """The kernels of a program: registers from the assembler, shared memory from the launches."""
     import nvidia.cuda_nvcc
 
@@ -280,25 +207,45 @@ def read_gpu_dump(program: str, files: set[Path]) -> list[GpuKernel]:
         if path.suffix == ".ptx":
             command = [assembler, "-arch=sm_90a", "-v", path, "-o", os.devnull]
             # A program without kernels of its own is no assembly: those that count must all be found.
-            log = subprocess.run(command, capture_output=True, text=True).stderr
-            pattern = r"properties for (\w+)\n.*?, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) reg"
-            for name, stores, loads, registers in re.findall(pattern, log):
-                used[name] = int(registers), int(stores) + int(loads)
+            used |= read_assembler_log(subprocess.run(command, capture_output=True, text=True).stderr)
             instructions |= read_assembly(path.read_text())
+        elif path.suffix == ".ptxas":  # of Mosaic GPU, which assembles by itself
+            used |= read_assembler_log(path.read_text())
         elif "thunk_sequence" in path.name:
             for name, size in re.findall(r"\] (\w+) grid: .*shared_memory: (\d+) bytes", path.read_text()):
                 shared[name] = int(size)
-    return [
-        GpuKernel(program, name, *used[name], shared[name], *instructions[name])
-        for name in GPU_KERNELS[program]
-    ]
+        elif path.name.endswith(".mlir-passes.log"):  # of Mosaic GPU too
+            size = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", path.read_text())
+            if size:
+                shared[re.sub(r"_\d+\.mlir.*", "", path.name)] = int(size[1])
+    return [GpuKernel(program, name, *used[name], shared[name], *instructions[name]) for name in names]
+
+
+def read_assembler_log(text: str) -> dict[str, tuple[int, int]]:
+    """Of each kernel: registers and spilt bytes."""
+    pattern = (
+        r"properties for (\w+)\n.*?, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) reg"
+    )
+    found = re.findall(pattern, text)
+    return {
+        own_name(name): (int(registers), int(stores) + int(loads)) for name, stores, loads, registers in found
+    }
+
+
+def own_name(name: str) -> str:
+    """A kernel's name without what Mosaic GPU adds to it."""
+    return name.removesuffix("_mosaic_gpu_kernel")
 
 
 def read_assembly(text: str) -> dict[str, tuple[int, int, int]]:
     """Of each kernel: threads of a block, asynchronous products and asynchronous copies."""
-    entries = re.findall(r"\.entry (\w+)\(.*?\.reqntid (\d+)(.*?)\n}", text, re.DOTALL)
+    entries = re.findall(r"\.entry (\w+)\(.*?\.(?:reqntid|maxntid) (\d+)(.*?)\n}", text, re.DOTALL)
     return {
-        name: (int(threads), body.count("wgmma.mma_async"), len(re.findall(r"cp\.async\.c[ag]\.", body)))
+        own_name(name): (
+            int(threads),
+            body.count("wgmma.mma_async"),
+            len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor\.\dd\.shared)", body)),
+        )
         for name, threads, body in entries
     }
 
