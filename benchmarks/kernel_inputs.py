@@ -4,7 +4,7 @@ Numbers are normal, from a fixed key. One block of queries, as the model calls t
 without documents, which see all keys but those of the block that follow them.
 
 Selections are those of index scores. Where *neighbours* agree, the index queries of a block are a common vector of
-length √(1 - 0.15²) plus each query's own of length 0.15, and so are the head weights: two queries then share about
+length √(1 - 0.1²) plus each query's own of length 0.1, and so are the head weights: two queries then share about
 three quarters of their keys, and 32 of them select a little over twice as many as one. Where they are *random*, the
 queries have nothing in common and share what chance lets them: the worst case for kernels that gather once for several
 queries.
@@ -24,7 +24,7 @@ from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.topk.api import select, topk_indices, topk_mask
 from pallas_kernels.visibility import Visibility
 
-_OWN = {"neighbours": 0.15, "random": 1.0}  # what a query does not share with its block
+_OWN = {"neighbours": 0.1, "random": 1.0}  # what a query does not share with its block
 _WRITTEN = 4096  # tokens of a sequence that are put into a cache at a time
 
 
