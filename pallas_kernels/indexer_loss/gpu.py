@@ -18,7 +18,7 @@ from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import LOG2_E, LOW, to_base_2
 from pallas_kernels.sparse_mla.gpu import KEYS, Padded, pad, pad_heads, query_of, tile_of, tiles_of
-from pallas_kernels.triton import add_to_rows, call, dot, power_of_two
+from pallas_kernels.triton import add_to_rows, call, dot, exp2, power_of_two
 
 _HEADS, _FEATURES = 128, 64  # at a time
 
@@ -59,7 +59,7 @@ def _target(padded: Padded, lse: Array, heads: int, scale: float) -> Float[Array
         grid=(batch * queries, 1),
         out_shape=[jax.ShapeDtypeStruct(padded.indices.shape, jnp.float32)],
         warps=8,
-        stages=2,
+        stages=4,
         cost=padded.cost(padded.q.shape[3]),
     )
     # Tiles behind the last key of a list are not written: what lies there may not even be a number.
@@ -83,7 +83,7 @@ def _target_kernel(q, kv, indices, places, lse, out, *, latent: int, rope: int, 
 
             start = dot(kv[b, keys, ropes], q[b, t, heads, ropes].T)
             scores = jax.lax.fori_loop(0, latent // width, add_chunk, start)
-            p = jnp.exp2(scores * (scale * LOG2_E) - lse[b, t, heads][None, :])
+            p = exp2(scores, scale * LOG2_E, -lse[b, t, heads][None, :])
             return total + jnp.sum(jnp.where(is_key[:, None], p, 0), axis=1)
 
         out[b, t, where] = jax.lax.fori_loop(
@@ -176,7 +176,7 @@ def _listed_scores_bwd(residuals, d_scores):
             jax.ShapeDtypeStruct(index.k.shape, jnp.float32),
         ],
         warps=4,
-        stages=2,
+        stages=3,
         aliases={6: 1},
         cost=index.cost(indices, 3),
     )

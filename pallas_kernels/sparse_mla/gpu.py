@@ -20,7 +20,7 @@ from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import LOG2_E, LOW, output_delta, to_base_2
-from pallas_kernels.triton import add_to_rows, call, dot, power_of_two
+from pallas_kernels.triton import add_to_rows, call, dot, exp2, power_of_two
 
 KEYS = 64  # of a tile
 _FORWARD_HEADS, _BACKWARD_HEADS = 64, 128  # of a block, at most
@@ -108,7 +108,7 @@ def _forward(q, kv, indices, latent_dim, scale):
             jax.ShapeDtypeStruct((batch, queries, heads), jnp.float32),
         ],
         warps=8,
-        stages=2,
+        stages=3,
         cost=padded.cost(2 * padded.latent + padded.rope),
     )
     return o[:, :, : q.shape[2], :latent_dim], lse[:, :, : q.shape[2]]
@@ -135,22 +135,21 @@ def tiles_of(places, b, t):
 def _forward_kernel(q, kv, indices, places, o, lse, *, group: int, latent: int, rope: int, scale: float):
     b, t, heads = query_of(indices.shape[1], group)
     latents, ropes = pl.ds(0, latent), pl.ds(latent, rope)
-    q_c, q_r = q[b, t, heads, latents], q[b, t, heads, ropes]
+    q_c, q_r, factor = q[b, t, heads, latents], q[b, t, heads, ropes], scale * LOG2_E
 
     def attend_tile(i, carry):
         total, before, sums = carry
         _, is_key, keys = tile_of(indices, b, t, i)
         c, r = kv[b, keys, latents], kv[b, keys, ropes]
-        scores = (dot(q_c, c.T) + dot(q_r, r.T)) * (scale * LOG2_E)
-        scores = jnp.where(is_key[None, :], scores, LOW)
-        highest = jnp.maximum(before, jnp.max(scores, axis=1))
-        p, shrink = jnp.exp2(scores - highest[:, None]), jnp.exp2(before - highest)
+        scores = jnp.where(is_key[None, :], dot(q_c, c.T) + dot(q_r, r.T), LOW)
+        highest = jnp.maximum(before, jnp.max(scores, axis=1) * factor)
+        p, shrink = exp2(scores, factor, -highest[:, None]), jnp.exp2(before - highest)
         total = total * shrink[:, None] + dot(p.astype(c.dtype), c)
         return total, highest, sums * shrink + jnp.sum(p, axis=1)
 
     start = (
         jnp.zeros((group, latent), jnp.float32),
-        jnp.full((group,), LOW / 2, jnp.float32),
+        jnp.full((group,), LOW / 2 * factor, jnp.float32),
         jnp.zeros((group,), jnp.float32),
     )
     total, highest, sums = jax.lax.fori_loop(0, tiles_of(places, b, t), attend_tile, start)
@@ -180,7 +179,7 @@ def _attend_bwd(latent_dim, scale, residuals, gradients):
             jax.ShapeDtypeStruct(padded.kv.shape, jnp.float32),
         ],
         warps=8,
-        stages=2,
+        stages=3,
         aliases={7: 1},
         cost=padded.cost(2 * width + 2 * padded.latent),
     )
@@ -192,7 +191,7 @@ def _attend_bwd(latent_dim, scale, residuals, gradients):
         grid=(batch * queries, heads // group),
         out_shape=[jax.ShapeDtypeStruct(padded.q.shape, q.dtype)],
         warps=8,
-        stages=2,
+        stages=3,
         cost=padded.cost(width),
     )
     rope = q.shape[-1] - latent_dim
@@ -238,7 +237,7 @@ def _key_gradient_kernel(
 
         start = dot(kv[b, keys, ropes], q[b, t, heads, ropes].T), jnp.zeros((KEYS, group), jnp.float32)
         scores, d_p = jax.lax.fori_loop(0, latent // width, add_chunk, start)
-        p = jnp.exp2(scores * (scale * LOG2_E) - lse[b, t, heads][None, :])
+        p = exp2(scores, scale * LOG2_E, -lse[b, t, heads][None, :])
         p = jnp.where(is_key[:, None], p, 0)
         d_scores = (p * (d_p - delta[b, t, heads][None, :]) * scale).astype(kv.dtype)
         p = p.astype(kv.dtype)
