@@ -21,7 +21,8 @@ from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.triton import call, dot, fma, power_of_two, span
 from pallas_kernels.visibility import Visibility
 
-_QUERIES, _KEYS = 128, 128  # of a tile, at most
+_TILE = 128, 128  # queries × keys, at most
+_FLOAT32_TILE = 32, 64  # whose products want registers for both sides
 
 
 class _Padded(NamedTuple):
@@ -126,7 +127,8 @@ _scores.defvjp(_scores_fwd, _scores_bwd)
 
 
 def _tile(q: Array, k: Array) -> tuple[int, int]:
-    return min(_QUERIES, power_of_two(q.shape[1])), min(_KEYS, power_of_two(k.shape[1]))
+    queries, keys = _FLOAT32_TILE if k.dtype == jnp.float32 else _TILE
+    return min(queries, power_of_two(q.shape[1])), min(keys, power_of_two(k.shape[1]))
 
 
 def _pad(q: Array, k: Array, w: Array, visibility: Visibility, tile: tuple[int, int]) -> _Padded:
