@@ -1,7 +1,9 @@
 """Arguments that an operation cannot take, each refused in one sentence before anything runs."""
 
+import contextlib
+import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +21,10 @@ Named = Mapping[str, tuple[Array, str]]  # an argument's name, and the letters o
 
 def limits(visibility: Visibility) -> Named:
     """The parts of a visibility, for ``shapes``."""
+    if not isinstance(visibility, Visibility):
+        raise UnsupportedError(
+            f"visibility is {_kind(visibility)}, and it should be a pallas_kernels.visibility.Visibility"
+        )
     letters = ("B T", "B T", "B S")
     return {
         f"visibility.{name}": (array, axes)
@@ -35,13 +41,35 @@ def shapes(op: str, arguments: Named) -> None:
     for name, (array, letters) in arguments.items():
         axes = letters.split()
         known = [f"{axis} = {sizes[axis][0]} as in {sizes[axis][1]}" for axis in axes if axis in sizes]
-        fits = array.ndim == len(axes) and 0 not in array.shape
-        for axis, size in zip(axes, array.shape, strict=False):
+        shape = _shape(op, name, array, axes)
+        fits = len(shape) == len(axes) and 0 not in shape
+        for axis, size in zip(axes, shape, strict=False):
             fits &= sizes.setdefault(axis, (size, name))[0] == size
         if not fits:
-            known += ["none of them 0"] * (0 in array.shape)
+            known += ["none of them 0"] * (0 in shape)
             wanted = ", ".join([f"[{', '.join(axes)}]", *known])
             raise UnsupportedError(f"{op}: {name} is {_kind(array)}, and it should be {wanted}")
+
+
+def _shape(op: str, name: str, array: Array, axes: list[str]) -> tuple[int, ...]:
+    """Of what may be no array at all."""
+    if not hasattr(array, "shape"):
+        raise UnsupportedError(
+            f"{op}: {name} is {_kind(array)}, and it should be an array [{', '.join(axes)}]"
+        )
+    return array.shape
+
+
+def attended(
+    op: str, arguments: Named, visibility: Visibility, selected: UInt32[Array, "B W S"] | None
+) -> None:
+    """Raises UnsupportedError unless arguments, limits and the packed mask, if there is one, are of the same tokens."""
+    of_tokens = limits(visibility)
+    masks = {} if selected is None else {"selected": (selected, "B W S")}
+    shapes(op, {**arguments, **of_tokens, **masks})
+    integers(op, of_tokens)
+    if selected is not None:
+        require_mask(op, selected, visibility.query_index.shape[1], visibility.key_segment.shape[1])
 
 
 def floats(op: str, arguments: Mapping[str, Array], *, kernel: bool) -> None:
@@ -52,10 +80,26 @@ def floats(op: str, arguments: Mapping[str, Array], *, kernel: bool) -> None:
                 f"{op}: {name} is {_kind(array)}, and kernels compute in float32 at most: cast it to float32, or name "
                 "implementation='reference'"
             )
-        if array.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
+        if array.dtype != jnp.float64:
+            short_floats(op, {name: array})
+
+
+def short_floats(op: str, arguments: Mapping[str, Array]) -> None:
+    """Raises UnsupportedError unless every argument is in bfloat16 or float32."""
+    for name, array in arguments.items():
+        if array.dtype not in (jnp.bfloat16, jnp.float32):
             raise UnsupportedError(
                 f"{op}: {name} is {_kind(array)}, and it should be bfloat16 or float32: cast it"
             )
+
+
+def result_dtype(op: str, dtype: Any) -> jnp.dtype:
+    """The dtype of a result; raises UnsupportedError unless it is bfloat16 or float32."""
+    with contextlib.suppress(TypeError):  # whatever it is, it is neither
+        dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise UnsupportedError(f"{op}: out_dtype is {dtype}, and it should be bfloat16 or float32")
+    return dtype
 
 
 def integers(op: str, arguments: Named) -> None:
@@ -77,25 +121,45 @@ def alike(op: str, arguments: Mapping[str, Array]) -> None:
 
 def positive(op: str, name: str, number: Any) -> int:
     """The number; raises UnsupportedError unless it is at least 1, and known when the program is made."""
-    try:
-        value = operator.index(number)
-    except TypeError:
-        raise UnsupportedError(
-            f"{op}: {name} is {number!r}, and it should be a whole number, known when the program is made: give an int "
-            "(jax.jit takes it among static_argnames)"
-        ) from None
+    value = _whole(op, name, number)
     if value < 1:
         raise UnsupportedError(f"{op}: {name} is {value}, and it should be at least 1")
     return value
 
 
-def latent_dim_within(op: str, latent_dim: int, width: int) -> None:
-    """Raises UnsupportedError unless a latent and a rotary part make up a row of that width."""
-    if not 1 <= latent_dim < width:
+def factor(op: str, name: str, number: Any) -> float:
+    """The number; raises UnsupportedError unless it is finite, and known when the program is made."""
+    try:
+        finite = math.isfinite(number)
+    except TypeError:
         raise UnsupportedError(
-            f"{op}: latent_dim is {latent_dim}, and rows are {width} wide: it should be from 1 to {width - 1}, as a "
+            f"{op}: {name} is {_given(number)}, and it should be a number, known when the program is made: give a "
+            "float (jax.jit takes it among static_argnames)"
+        ) from None
+    if not finite:
+        raise UnsupportedError(f"{op}: {name} is {number}, and it should be finite")
+    return float(number)
+
+
+def latent_dim_within(op: str, latent_dim: Any, width: int) -> int:
+    """The width of the latent; raises UnsupportedError unless it and a rotary part make up a row of that width."""
+    value = _whole(op, "latent_dim", latent_dim)
+    if not 1 <= value < width:
+        raise UnsupportedError(
+            f"{op}: latent_dim is {value}, and rows are {width} wide: it should be from 1 to {width - 1}, as a "
             "rotary part follows the latent"
         )
+    return value
+
+
+def _whole(op: str, name: str, number: Any) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise UnsupportedError(
+            f"{op}: {name} is {_given(number)}, and it should be a whole number, known when the program is made: give "
+            "an int (jax.jit takes it among static_argnames)"
+        ) from None
 
 
 def rows_fit_gpu(op: str, latent_dim: int, rows: Array) -> None:
@@ -121,7 +185,8 @@ def selection_of(
     Raises UnsupportedError for what is neither; within ``platform.debug()``, also for a list as ``indices_within``
     says.
     """
-    if selection.ndim != 3 or selection.dtype not in (jnp.int32, jnp.uint32):
+    axes = len(getattr(selection, "shape", ()))
+    if axes != 3 or 0 in selection.shape or selection.dtype not in (jnp.int32, jnp.uint32):
         raise UnsupportedError(
             f"{op}: selection is {_kind(selection)}, and it should be a list of indices int32[B, T, K] or a packed "
             "mask uint32[B, W, S]: make it with topk.select, or cast it"
@@ -144,33 +209,76 @@ def indices_within(op: str, indices: Int[Array, "B T K"], keys: int) -> Int[Arra
     """
     if not debugging():
         return indices
+    wrong, ordered = _outside(indices, 0, keys, distinct=True)
 
-    def refuse(found, batch, query, index):
-        if not found:
-            return found
+    def sentence(batch: int, query: int, _: int, index: int) -> str:
         what = "twice" if 0 <= index < keys else "where there is no such key"
-        raise UnsupportedError(
+        return (
             f"{op}: batch {batch}, query {query} of the selection has index {index} {what}: indices are from 0 to "
             f"{keys - 1}, or -1 for an empty place, and each stands once in a row"
         )
 
-    wrong = _first_wrong(indices, keys)
-    if not isinstance(wrong[0], Tracer):
-        refuse(*map(int, wrong))
-        return indices
-    # What comes back is used, so that nothing runs before the answer.
-    found = jax.pure_callback(refuse, jax.ShapeDtypeStruct((), bool), *wrong, vmap_method="sequential")
-    return jnp.where(found, -1, indices)
+    return stop_where(wrong & (ordered != -1), ordered, sentence, indices)
 
 
-def _first_wrong(indices: Int[Array, "B T K"], keys: int) -> tuple[Bool[Array, ""], Array, Array, Array]:
-    """Whether any index is wrong, and batch, query and index of the first that is."""
-    indices = jnp.sort(indices, axis=-1)
-    repeated = jnp.pad(indices[..., 1:] == indices[..., :-1], [(0, 0), (0, 0), (1, 0)])
-    wrong = (indices < -1) | (indices >= keys) | (repeated & (indices >= 0))
+def within(
+    op: str, name: str, numbers: Int[Array, "*R K"], least: int, end: int, *, distinct: bool = False
+) -> Int[Array, "*R K"]:
+    """The numbers; within ``platform.debug()`` only if each is from ``least`` to ``end - 1``, and, where ``distinct``,
+    none stands twice in a row. Errors as those of ``indices_within``.
+    """
+    if not debugging():
+        return numbers
+    wrong, ordered = _outside(numbers, least, end, distinct=distinct)
+
+    def sentence(*place_and_number: int) -> str:
+        *row, _, number = place_and_number
+        twice, once = (" twice", ", each once") if distinct and least <= number < end else ("", "")
+        return f"{op}: {name}{row} has {number}{twice}, and it should have numbers from {least} to {end - 1}{once}"
+
+    return stop_where(wrong, ordered, sentence, numbers)
+
+
+def _outside(numbers: Array, least: int, end: int, *, distinct: bool) -> tuple[Bool[Array, "*R K"], Array]:
+    """Which numbers are not from ``least`` to ``end - 1``, or equal to the one before; and they, sorted if distinct."""
+    if not distinct:
+        return (numbers < least) | (numbers >= end), numbers
+    numbers = jnp.sort(numbers, axis=-1)
+    before = jnp.concatenate([jnp.full_like(numbers[..., :1], least - 1), numbers[..., :-1]], axis=-1)
+    return (numbers < least) | (numbers >= end) | (numbers == before), numbers
+
+
+def stop_where(
+    wrong: Bool[Array, "*P"],
+    numbers: Int[Array, "*P"],
+    sentence: Callable[..., str],
+    result: Int[Array, "..."],
+) -> Int[Array, "..."]:
+    """The result, if nothing is wrong; else an error with a sentence from the first wrong place and its number.
+
+    What is known raises UnsupportedError; within jax.jit the program stops before it uses the result.
+    """
     place = jnp.unravel_index(jnp.argmax(wrong), wrong.shape)
-    return jnp.any(wrong), place[0], place[1], indices[place]
+    first = (jnp.any(wrong), *place, jnp.asarray(numbers)[place])
+
+    def refuse(found, *place_and_number):
+        if found:
+            raise UnsupportedError(sentence(*map(int, place_and_number)))
+        return found
+
+    if not any(isinstance(x, Tracer) for x in first):
+        refuse(*first)
+        return result
+    # What comes back is used, so that nothing runs before the answer.
+    found = jax.pure_callback(refuse, jax.ShapeDtypeStruct((), bool), *first, vmap_method="sequential")
+    return jnp.where(found, -1, result)
 
 
-def _kind(array: Array) -> str:
-    return f"{array.dtype}{list(array.shape)}"
+def _kind(array: Any) -> str:
+    if hasattr(array, "dtype"):
+        return f"{array.dtype}{list(array.shape)}"
+    return "None" if array is None else f"a {type(array).__name__}"
+
+
+def _given(number: Any) -> str:
+    return _kind(number) if hasattr(number, "dtype") else repr(number)

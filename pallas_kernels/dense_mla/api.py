@@ -1,5 +1,6 @@
 """Masked multi-head attention."""
 
+from pallas_kernels import checks
 from pallas_kernels.dense_mla import gpu, reference, tpu
 from pallas_kernels.platform import choose
 from pallas_kernels.shapes import Array, Float, UInt32
@@ -23,8 +24,14 @@ def dense_mla(
     ``k`` and ``v``; the backward pass needs o and lse (named in ``residuals``) and computes the probabilities
     again.
 
+    Raises UnsupportedError for arguments that do not fit.
+
     Source: V2 report §2.1 (MHA form of MLA).
     """
     available = {"reference": reference.dense_mla, "tpu": tpu.dense_mla, "gpu": gpu.dense_mla}
     chosen = choose("dense_mla", implementation, available)
-    return chosen(q, k, v, visibility, selected, scale=scale)
+    op, kernel = "dense_mla", chosen is not reference.dense_mla
+    checks.attended(op, {"q": (q, "B H T Q"), "k": (k, "B H S Q"), "v": (v, "B H S V")}, visibility, selected)
+    checks.alike(op, {"q": q, "k": k, "v": v})
+    checks.floats(op, {"q": q, "k": k, "v": v}, kernel=kernel)
+    return chosen(q, k, v, visibility, selected, scale=checks.factor(op, "scale", scale))

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels import checks
 from pallas_kernels.fp8_matmul import gpu, reference, tpu
 from pallas_kernels.fp8_matmul.reference import BLOCK
 from pallas_kernels.platform import UnsupportedError, choose
@@ -35,6 +36,8 @@ def fp8_matmul(
 
     Source: V3 report §3.3.2; checkpoint keys ``*.weight`` and ``*.weight_scale_inv``.
     """
+    _check_axes(x, x_scale, w, w_scale, transposed)
+    out_dtype = checks.result_dtype("fp8_matmul", out_dtype)
     columns = w.shape[0 if transposed else 1]
     _check(x, x_scale, w.T if transposed else w, w_scale.T if transposed else w_scale)
     w_scale = w_scale.T if transposed else w_scale
@@ -44,6 +47,15 @@ def fp8_matmul(
     run = choose("fp8_matmul", implementation, available)
     rows, scales = x.reshape(-1, x.shape[-1]), x_scale.reshape(-1, x_scale.shape[-1])
     return run(rows, scales, w, w_scale, transposed, out_dtype).reshape(*x.shape[:-1], columns)
+
+
+def _check_axes(x: Array, x_scale: Array, w: Array, w_scale: Array, transposed: bool) -> None:
+    leading = len(getattr(x, "shape", ())) - 1
+    before = "".join(f"B{i} " for i in range(leading))
+    of_w, of_scale = ("N K", "n k") if transposed else ("K N", "k n")
+    # By themselves: how widths meet is for ``_check``.
+    checks.shapes("fp8_matmul", {"x": (x, before + "K"), "x_scale": (x_scale, before + "k")})
+    checks.shapes("fp8_matmul", {"w": (w, of_w), "w_scale": (w_scale, of_scale)})
 
 
 def _check(x: Array, x_scale: Array, w: Array, w_scale: Array) -> None:

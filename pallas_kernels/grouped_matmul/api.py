@@ -6,6 +6,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import checks
 from pallas_kernels.grouped_matmul import gpu, reference, tpu
 from pallas_kernels.platform import UnsupportedError, choose
 from pallas_kernels.shapes import Array, Float, Int
@@ -31,8 +32,8 @@ def grouped_matmul(
     _check(rows, matrices, sizes)
     available = {"reference": reference, "tpu": tpu, "gpu": gpu}
     kernels = choose("grouped_matmul", implementation, available)  # type: ignore[arg-type]
-    dtype = jnp.dtype(rows.dtype if out_dtype is None else out_dtype)
-    return _product(kernels, dtype, rows, matrices, jnp.asarray(sizes, jnp.int32))  # type: ignore[arg-type]
+    dtype = checks.result_dtype("grouped_matmul", rows.dtype if out_dtype is None else out_dtype)
+    return _product(kernels, dtype, rows, matrices, jnp.asarray(sizes))  # type: ignore[arg-type]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -55,13 +56,11 @@ _product.defvjp(_forward, _backward)
 
 
 def _check(rows: Array, matrices: Array, sizes: Array) -> None:
+    of_groups = {"sizes": (sizes, "G")}
+    checks.shapes("grouped_matmul", {"rows": (rows, "M K"), "matrices": (matrices, "G K N")} | of_groups)
+    checks.integers("grouped_matmul", of_groups)
     if rows.dtype != matrices.dtype or rows.dtype not in (jnp.bfloat16, jnp.float32):
         raise UnsupportedError(
             f"grouped_matmul multiplies bfloat16 by bfloat16 or float32 by float32, not {rows.dtype} by "
             f"{matrices.dtype}: convert them first"
-        )
-    if rows.shape[1] != matrices.shape[1] or sizes.shape != matrices.shape[:1]:
-        raise UnsupportedError(
-            f"grouped_matmul: rows {list(rows.shape)}, matrices {list(matrices.shape)} and sizes {list(sizes.shape)} "
-            "do not fit: they are [M, K], [G, K, N] and [G]"
         )

@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import normal
+from refusals import a, refused
 
+from pallas_kernels.decode.api import paged_index_scores, paged_sparse_mla
+from pallas_kernels.decode.cache import empty
+from pallas_kernels.expert_mlp.api import expert_mlp
 from pallas_kernels.indexer.api import index_scores
 from pallas_kernels.platform import UnsupportedError, debug, interpreted
 from pallas_kernels.selection import pack_mask
@@ -16,11 +20,6 @@ from pallas_kernels.visibility import Visibility
 on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 B, T, H, C, R, N, J, S, K = 2, 37, 3, 24, 8, 5, 16, 90, 7
 OF_T, OF_S, E4M3 = (B, T), (B, S), jnp.float8_e4m3fn
-
-
-def a(dtype, *shape):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
 
 LIMITS = Visibility(a("int32", *OF_T), a("int32", *OF_T), a("int32", *OF_S))
 SCORES = {
@@ -76,15 +75,6 @@ WRONG_ATTENTION = {
     ),
     "a mask of bytes": (ATTENTION | {"selection": a("bool", B, T, S)}, r"selection is bool\[2, 37, 90\].*packed mask"),
 }  # fmt: skip
-
-
-def refused(op, arguments, sentence: str, **options) -> None:
-    """With shapes alone: there is nothing that could run."""
-    with (
-        jax.enable_x64(True),  # else there is no int64
-        pytest.raises(UnsupportedError, match=rf"^{op.__name__}: {sentence}"),
-    ):
-        jax.eval_shape(lambda arrays: op(**arrays, **options), arguments)
 
 
 @on_every_platform
@@ -248,3 +238,58 @@ def test_a_mask_has_no_wrong_index():
         plain = program()
         with debug():
             assert program() == plain
+
+
+def stops(op, sentence: str, *arguments, in_jit: bool = False, **options) -> None:
+    """A call with numbers that are known, or a program that comes to them."""
+    error, before = (jax.errors.JaxRuntimeError, "UnsupportedError: ") if in_jit else (UnsupportedError, "^")
+
+    def call(*arguments):
+        return op(*arguments, **options)
+
+    with debug(), pytest.raises(error, match=before + sentence):
+        jax.block_until_ready((jax.jit(call) if in_jit else call)(*arguments))
+
+
+def test_debug_mode_names_the_expert():
+    x, weights = jnp.ones((4, 8)), jnp.ones((4, 2))
+    matrices = jnp.ones((3, 8, 16)), jnp.ones((3, 8, 16)), jnp.ones((3, 16, 8))
+    experts = np.array([[0, 1], [2, 0], [1, 2], [0, 2]], np.int32)
+    plain = expert_mlp(x, experts, weights, *matrices)
+    with debug():
+        np.testing.assert_array_equal(expert_mlp(x, experts, weights, *matrices), plain)
+    for wrong, sentence in (
+        ((1, 3), r"expert_mlp: experts\[2\] has 3, and it should have numbers from 0 to 2"),
+        ((-1, 1), r"expert_mlp: experts\[2\] has -1, and it should"),
+        ((1, 1), r"expert_mlp: experts\[2\] has 1 twice, and it should have numbers from 0 to 2, each once"),
+    ):
+        experts[2] = wrong
+        stops(expert_mlp, sentence, x, experts, weights, *matrices)
+    stops(expert_mlp, sentence, x, experts, weights, *matrices, in_jit=True)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
+def test_debug_mode_names_the_page(implementation):
+    """Entries that nobody reads may hold anything."""
+    options = {"implementation": implementation}
+    cache = empty(4, 32, latent_dim=C, rope_dim=R, index_dim=J, **options)
+    number, table = np.array([[40], [-1]], np.int32), np.array([[3, 1, 99], [-7, 99, 99]], np.int32)
+    scored = jnp.ones((2, 1, N, J), jnp.bfloat16), jnp.ones((2, 1, N)), cache
+    mask, indices = np.zeros((2, 1, 96), bool), np.full((2, 1, 2), -1, np.int32)
+    mask[0, 0, [0, 40]], indices[0, 0] = True, (0, 40)
+    selection = pack_mask(jnp.asarray(mask)) if implementation == "tpu" else indices
+    attended = jnp.ones((2, 1, H, C + R), jnp.bfloat16), cache
+    how = {"latent_dim": C, "scale": 0.1, **options}
+    with debug():
+        jax.eval_shape(lambda: paged_index_scores(*scored, table, number, **options))
+        jax.eval_shape(lambda: paged_sparse_mla(*attended, table, selection, **how))
+    sentence = r"paged_index_scores: number\[0\] has 96, and it should have numbers from -1 to 95"
+    stops(paged_index_scores, sentence, *scored, table, np.array([[96], [-1]], np.int32), **options)
+    for page in (-1, 4):
+        table[0, 1] = page
+        sentence = rf"\w+: page_table\[0, 1\] is {page} and in use, and pages are from 0 to 3"
+        stops(paged_index_scores, sentence, *scored, table, number, **options)
+        stops(paged_sparse_mla, sentence, *attended, table, selection, **how)
+    if implementation == "reference":
+        stops(paged_index_scores, sentence, *scored, table, number, **options, in_jit=True)
+        stops(paged_sparse_mla, sentence, *attended, table, selection, **how, in_jit=True)

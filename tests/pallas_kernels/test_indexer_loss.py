@@ -19,7 +19,7 @@ SCALE = 0.25
 
 def index_of(scores):
     """Queries, keys and weights of an indexer that has these scores: ``s = ReLU(s) - ReLU(-s)``."""
-    keys = jnp.broadcast_to(jnp.eye(S), (B, S, S))
+    keys = jnp.broadcast_to(jnp.eye(S, dtype=scores.dtype), (B, S, S))
     return jnp.stack([scores, -scores], axis=2), keys, jnp.broadcast_to(jnp.array([1.0, -1.0]), (B, T, 2))
 
 
