@@ -75,7 +75,6 @@ class Sizes:
         of_groups, inner, outer, groups = self.grouped
         return dataclasses.replace(
             self,
-            dense_heads=min(self.dense_heads, 8),
             k=min(self.k, 256),
             queries=min(self.queries, 64),
             keys=min(self.keys, 1024),

@@ -368,15 +368,22 @@ def _sparse_layer(number: int, length: int) -> Operation:
 
 
 def _dense_layer(number: int, length: int) -> Operation:
+    """All heads, some at a time: GPUs do not address the keys of 128 heads as one array at the greatest length."""
+
+    def function(sizes: Sizes, _, others, implementation):
+        groups, limits = others
+        return [_attend_all(sizes, *group, limits, implementation) for group in groups]
+
     def inputs(sizes: Sizes, _):
         sizes = _at(sizes, number)
         limits = made.visibility_of(sizes.queries, sizes.keys)
-        return [Inputs((), (*made.unfolded(sizes, sizes.heads), limits))]
+        groups = [made.unfolded(sizes, sizes.dense_heads) for _ in range(sizes.heads // sizes.dense_heads)]
+        return [Inputs((), (groups, limits))]
 
     return Operation(
         "layer",
         f"dense at {length}",
-        lambda sizes, _, others, implementation: _attend_all(sizes, *others, implementation),
+        function,
         inputs,
         shape=lambda sizes: _shape(_at(sizes, number), sizes.heads),
         work=lambda sizes: Work(dense_flops(_at(sizes, number), sizes.heads, FORWARD)),

@@ -41,7 +41,7 @@ class Row:
     def header() -> str:
         """The names of the columns."""
         columns = f"{'':52}{'shape':34}{'ms':>9}{'least':>10}{'rate':>10}{'':10}{'ceiling':>7}{'peak':>6}"
-        return f"{columns}{'target':>8}{'':6}{'error':9}"
+        return f"{columns}{'target':>8}{'':6}error"
 
     def __str__(self) -> str:
         def number(value: float | None, form: str) -> str:

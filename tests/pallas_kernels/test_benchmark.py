@@ -163,6 +163,20 @@ def test_kernels_beside_the_reference(implementation):
     assert not wrong(errors), errors
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"], indirect=True)
+def test_kernels_take_the_released_sizes(implementation):
+    """Shapes alone, nothing runs: no kernel refuses what the table gives it."""
+    sizes = SIZES["671b"]
+    for operation in kernels.operations(sizes):
+
+        def whole(operation=operation):
+            (primals, others), *_ = operation.inputs(sizes, None)
+            return operation.function(sizes, primals, others, None)
+
+        assert jax.tree.leaves(jax.eval_shape(whole)), operation.case
+
+
 @pytest.mark.parametrize(
     ("queries", "keys", "k"), [(1, 9, 4), (7, 7, 3), (7, 7, 9), (5, 20, 17), (5, 20, 40)]
 )
