@@ -24,7 +24,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.blocks import LANES, pad_axis, round_up
 from pallas_kernels.platform import UnsupportedError, choose
-from pallas_kernels.selection import BITS
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.sparse_mla.union import halves, paired, upper_half
 from pallas_kernels.triton import power_of_two
@@ -55,7 +54,7 @@ class PackedCache(NamedTuple):
 
     rows: Int[Array, "P G Y"]
     index_key: Float[Array, "P G J"]
-    index_scale: Float[Array, "P 1 G"] | None = None
+    index_scale: Float[Array, "P G"] | None = None
 
     @property
     def page_size(self) -> int:
@@ -137,15 +136,15 @@ def _empty_gpu(pages: int, page_size: int, latent: int, rope: int, index: int, d
 
 
 def _empty_packed(pages: int, page_size: int, latent: int, rope: int, index: int, dtype) -> PackedCache:
-    if page_size % BITS:
+    if page_size < 32 or page_size & (page_size - 1):
         raise UnsupportedError(
-            f"decode cache: pages of {page_size} tokens were given, and TPU kernels read pages of a multiple of {BITS}"
+            f"decode cache: pages of {page_size} tokens were given, and TPU kernels read pages of 32, 64, 128 and so on"
         )
     widths, in_e4m3 = widths_of(latent, rope, dtype == E4M3), dtype == E4M3
     return PackedCache(
         jnp.zeros((pages, page_size, widths.row_words), jnp.int32),
         jnp.zeros((pages, page_size, round_up(index, LANES)), dtype),
-        jnp.ones((pages, 1, page_size), jnp.float32) if in_e4m3 else None,
+        jnp.ones((pages, page_size), jnp.float32) if in_e4m3 else None,
     )
 
 
@@ -176,7 +175,7 @@ def write(
         if cache.index_scale is None:
             return PackedCache(put(cache.rows, rows), put(cache.index_key, index_key))
         numbers, scale = quantise_index_key(index_key)
-        scales = cache.index_scale.at[page, 0, place].set(scale, mode="drop")
+        scales = put(cache.index_scale, scale)
         return PackedCache(put(cache.rows, rows), put(cache.index_key, numbers), scales)
     if cache.latent_scale is None or cache.index_scale is None:
         return Cache(put(cache.latent, c), put(cache.rope, k_pe), put(cache.index_key, index_key))
@@ -228,7 +227,7 @@ def _packed_rows(c: Array, k_pe: Array, widths: Widths) -> Int[Array, "B T Y"]:
         scales = jax.lax.bitcast_convert_type(scale, jnp.uint32)
     rope = halves(pad_axis(k_pe, -1, widths.rope).astype(jnp.bfloat16)) << 16
     parts = [words, rope] if scales is None else [words, rope, scales]
-    return jax.lax.bitcast_convert_type(jnp.concatenate(parts, axis=-1), jnp.int32)
+    return pad_axis(jax.lax.bitcast_convert_type(jnp.concatenate(parts, axis=-1), jnp.int32), 2, LANES)
 
 
 def read(
@@ -269,10 +268,21 @@ def dequantise_latent(numbers: Float[Array, "*B C"], scale: Float[Array, "*B C/1
 def rows_of(
     page_table: Int[Array, "B M"], indices: Int[Array, "B T K"], page_size: int
 ) -> Int[Array, "B T K"]:
-    """Where tokens of each sequence lie among all pages' rows; -1 stays -1."""
+    """Where tokens of each sequence lie among all pages' rows.
+
+    For -1, the complement ``~row`` of a row that the same query selected: what is read in vain must not be another
+    sequence's, where a NaN may be.
+    """
     safe = jnp.maximum(indices, 0)
     page = jax.vmap(lambda table, i: table[i])(page_table, safe // page_size)
-    return jnp.where(indices >= 0, page * page_size + safe % page_size, -1)
+    rows = jnp.where(indices >= 0, page * page_size + safe % page_size, -1)
+    own = jnp.maximum(jnp.max(rows, axis=-1, keepdims=True), 0)
+    return jnp.where(rows >= 0, rows, ~own)
+
+
+def readable(rows: Int[Array, "*B K"]) -> Int[Array, "*B K"]:
+    """The rows of ``rows_of``, whether they hold a selected token or not."""
+    return jnp.where(rows >= 0, rows, ~rows)
 
 
 def _unpacked_rows(rows: Int[Array, "B S Y"], widths: Widths) -> tuple[Array, Array]:

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import pad_axis, round_up
-from pallas_kernels.decode.cache import GROUP, Cache, rows_of
+from pallas_kernels.decode.cache import GROUP, Cache, readable, rows_of
 from pallas_kernels.decode.reference import combine
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import LOG2_E, LOW
-from pallas_kernels.sparse_mla.gpu import KEYS, tile_of, tiles_of
+from pallas_kernels.sparse_mla.gpu import KEYS, tiles_of
 from pallas_kernels.triton import call, dot, power_of_two
 
 _HEADS = 64  # of a block, at most
@@ -163,7 +163,8 @@ def _attend_kernel(q, rows, places, latent, rope, *rest, group: int, scale: floa
 
     def attend_tile(i, carry):
         totals, before, sums = carry
-        _, is_key, keys = tile_of(rows, b, t, i)
+        found = rows[b, t, pl.ds(i * KEYS, KEYS)]
+        is_key, keys = found >= 0, readable(found)
 
         def add_chunk(n, scores):
             return scores + dot(q[b, t, heads, pl.ds(n * of_chunk, of_chunk)], latents(keys, n).T)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.accumulate import einsum, wide
 from pallas_kernels.blocks import pad_axis
-from pallas_kernels.decode.cache import E4M3, Cache, dequantise_latent, rows_of
+from pallas_kernels.decode.cache import E4M3, Cache, dequantise_latent, readable, rows_of
 from pallas_kernels.indexer.reference import index_scores
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
@@ -84,11 +84,11 @@ def paged_sparse_mla(
 def _attend_tile(q: Array, flat: Cache, rows: Array, carry: tuple[Array, Array], scale: float):
     """Output [H, C] and log-sum-exp [H] with a tile's keys in them."""
     o, lse = carry
-    latent_dim, safe = o.shape[1], jnp.maximum(rows, 0)
-    latent = flat.latent[safe]
+    latent_dim, read = o.shape[1], readable(rows)
+    latent = flat.latent[read]
     if flat.latent_scale is not None:
-        latent = dequantise_latent(latent, flat.latent_scale[safe])
-    latent, rope = latent[:, :latent_dim].astype(q.dtype), flat.rope[safe].astype(q.dtype)
+        latent = dequantise_latent(latent, flat.latent_scale[read])
+    latent, rope = latent[:, :latent_dim].astype(q.dtype), flat.rope[read].astype(q.dtype)
     q_c, q_r = q[:, :latent_dim], q[:, latent_dim:]
     scores = einsum("hc,kc->hk", q_c, latent) + einsum("hr,kr->hk", q_r, rope[:, : q_r.shape[1]])
     exponentials, total, tile_lse = sum_exp(jnp.where(rows >= 0, scores * scale, -jnp.inf))

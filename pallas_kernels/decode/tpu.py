@@ -3,8 +3,10 @@
 Scores: pages of index keys are copied through the page table, a tile of them while the one before is multiplied; all
 heads of a query stand along the sublanes and are summed there. Tiles past the last query cost a row of -inf.
 
-Attention: the union of what a sequence's queries selected, gathered from its pages row by row (``sparse_mla.union``),
-attended a tile at a time; which query selected a key is noted by the scalar core as it finds it. In e4m3, the bytes
+Attention: what any of a sequence's queries selected becomes a list (``listing``), whose rows are copied from their
+pages one by one, a tile of them while the one before is attended. Visiting the bits of the mask instead, as training
+does for 32 queries at once, would cost more than everything else: 131,072 keys are 4,096 words with a bit in every
+other one. In e4m3, the bytes
 of a row's words are widened to bfloat16 in VMEM by integer arithmetic: not every TPU has the format.
 """
 
@@ -15,22 +17,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blocks import pad_axis, round_up
+from pallas_kernels.blocks import LANES, pad_axis, round_up
 from pallas_kernels.decode.cache import GROUP, PackedCache, Widths, widths_of
+from pallas_kernels.decode.listing import PLACE_BITS, entries_shape, list_set, rows_at_a_time
 from pallas_kernels.pairs import product
-from pallas_kernels.platform import tpu_interpreter
+from pallas_kernels.platform import UnsupportedError, tpu_interpreter
 from pallas_kernels.selection import BITS, require_mask
 from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.softmax import LOG2_E, LOW
-from pallas_kernels.sparse_mla.union import (
-    KEYS,
-    Gather,
-    Notes,
-    compiler_params,
-    over_tiles,
-    union_of,
-    upper_half,
-)
+from pallas_kernels.sparse_mla.union import KEYS, compiler_params, upper_half, wait_for_rows
 from pallas_kernels.topk.tpu import topk_mask
 
 _SUBLANES = 16  # rows of a register of bfloat16
@@ -38,6 +33,9 @@ _TILE, _CHUNK = 1024, 256  # keys that are copied at a time, and multiplied
 _AHEAD = 2  # tiles that are on their way while one is multiplied
 _TILES = _AHEAD + 1
 _SPAN = 131072  # keys whose scores stay in VMEM
+_ROWS_OF_TILE = KEYS // LANES  # of the list
+_LISTED = 8 * _ROWS_OF_TILE  # rows of the list in scalar memory
+_UNROLL = 8  # rows whose copies are started together: those of a register, whose places in it are known
 
 
 def paged_index_scores(
@@ -100,9 +98,12 @@ def _scores_kernel(table, number, q, w, *rest, arrays: int):
         for p in range(of_tile):
             # Past the last page in use the table may hold anything: the last is read again.
             page = table[0, 0, jnp.minimum((first + i) * of_tile + p, last // size)]
-            for n in range(arrays):
-                target, semaphore = tiles[n].at[buffer, p], arrived.at[buffer, n]
-                pltpu.make_async_copy(in_memory[n].at[page], target, semaphore).start()
+            pltpu.make_async_copy(
+                in_memory[0].at[page], tiles[0].at[buffer, p], arrived.at[buffer, 0]
+            ).start()
+            for scales, target in zip(in_memory[1:], tiles[1:], strict=True):
+                source, target = scales.at[pl.ds(page, 1)], target.at[buffer, pl.ds(p, 1)]
+                pltpu.make_async_copy(source, target, arrived.at[buffer, 1]).start()
 
     def wait(buffer):
         for n in range(arrays):
@@ -139,7 +140,9 @@ def _score_tile(q, w, tiles, limits: list[Int[Array, ""]], out, start: Int[Array
             products = product(q[0, t * heads : (t + 1) * heads, :], keys, 1, 1)
             total = jnp.sum(jnp.maximum(products, 0) * w[0, :, t : t + 1], axis=0, keepdims=True)
             if len(tiles) > 1:
-                total *= jnp.concatenate([tiles[1][p] for p in range(first, first + chunk // size)], axis=1)
+                total *= jnp.concatenate(
+                    [tiles[1][p : p + 1] for p in range(first, first + chunk // size)], axis=1
+                )
             place = pl.ds(pl.multiple_of(start + first * size, keys.shape[0]), keys.shape[0])
             out[t : t + 1, place] = jnp.where(key <= limit, total, -jnp.inf)
 
@@ -173,19 +176,28 @@ def paged_sparse_mla(
     parts = pad_axis(q[..., :latent_dim], 3, widths.latent), pad_axis(q[..., latent_dim:], 3, widths.rope)
     padded = pad_axis(jnp.concatenate(parts, axis=-1).astype(jnp.bfloat16), 2, _SUBLANES)
     heads, width = padded.shape[2:]
-    noted = [] if queries == 1 else [_octets(selected)[:, None]]
+    words = jax.lax.bitcast_convert_type(selected[:, 0], jnp.int32)
+    places = (page_table[:, :, None] * cache.page_size + jnp.arange(cache.page_size)).reshape(batch, keys)
+    words, places = (
+        pad_axis(x, 1, rows_at_a_time(keys) * LANES).reshape(batch, -1, LANES) for x in (words, places)
+    )
+    rows = cache.rows.reshape(-1, widths.row_words)
+    if rows.shape[0] > 1 << PLACE_BITS:
+        raise UnsupportedError(
+            f"paged_sparse_mla: a cache of {rows.shape[0]} tokens was given, and the TPU kernel counts up to "
+            f"{1 << PLACE_BITS}: share the sequences among several caches"
+        )
 
     def of_sequence(*block: int, **where) -> pl.BlockSpec:
         return pl.BlockSpec((1, *block), lambda b: (b, *[0] * len(block)), **where)
 
     pairs = batch * queries * heads * KEYS
     o, lse = pl.pallas_call(
-        functools.partial(_attend_kernel, widths=widths, size=cache.page_size, scale=scale, noted=len(noted)),
+        functools.partial(_attend_kernel, widths=widths, scale=scale),
         grid=(batch,),
         in_specs=[
-            of_sequence(1, page_table.shape[1], memory_space=pltpu.SMEM),
-            of_sequence(1, 1, keys // BITS, memory_space=pltpu.SMEM),
-            *[of_sequence(1, 1, keys // 4, memory_space=pltpu.SMEM)] * len(noted),
+            of_sequence(*words.shape[1:]),
+            of_sequence(*words.shape[1:]),
             of_sequence(queries, heads, width),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
@@ -195,12 +207,13 @@ def paged_sparse_mla(
             jax.ShapeDtypeStruct((batch, queries, heads, 1), jnp.float32),
         ],
         scratch_shapes=[
-            pltpu.VMEM((2, KEYS, widths.row_words), jnp.int32),
+            pltpu.VMEM(entries_shape(words.shape[1]), jnp.int32),
+            pltpu.SMEM((_LISTED, LANES), jnp.int32),
+            pltpu.VMEM((2, KEYS // _UNROLL, _UNROLL, widths.row_words), jnp.int32),
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.VMEM((KEYS, width), jnp.bfloat16),
             pltpu.VMEM((queries, heads, widths.latent), jnp.float32),
             pltpu.VMEM((2, queries, heads, 1), jnp.float32),
-            *[pltpu.SMEM((2, 1, KEYS), jnp.int32), pltpu.VMEM((1, KEYS), jnp.int32)][: 2 * len(noted)],
         ],
         compiler_params=compiler_params("parallel"),
         cost_estimate=pl.CostEstimate(  # as if a sequence's union were a tile: the selection is not known yet
@@ -210,49 +223,89 @@ def paged_sparse_mla(
         ),
         interpret=tpu_interpreter(),
         name="paged_sparse_mla",
-    )(page_table[:, None], union_of(selected), *noted, padded, cache.rows.reshape(-1, widths.row_words))
+    )(words, places, padded, rows)
     return o[:, :, :all_heads, :latent_dim].astype(q.dtype), lse[:, :, :all_heads, 0]
 
 
-def _octets(selected: UInt32[Array, "B 1 S"]) -> Int[Array, "B 1 S/4"]:
-    """The bits of eight queries of four keys in each word."""
-    octets = (selected & 255).reshape(*selected.shape[:2], -1, 4)
-    words = jnp.sum(octets << (8 * jnp.arange(4, dtype=jnp.uint32)), axis=-1, dtype=jnp.uint32)
-    return jax.lax.bitcast_convert_type(words, jnp.int32)
-
-
-def _attend_kernel(table, union, *refs, widths: Widths, size: int, scale: float, noted: int):
-    """One sequence. ``refs`` begins with which queries selected a key, and ends with the notes of it, if noted."""
-    q, rows, o, lse, gathered, arrived, keys, total, statistics = refs[noted : noted + 9]
+def _attend_kernel(
+    words,
+    places,
+    q,
+    rows,
+    o,
+    lse,
+    entries,
+    listed,
+    gathered,
+    arrived,
+    keys,
+    total,
+    statistics,
+    *,
+    widths: Widths,
+    scale: float,
+):
+    """One sequence."""
     total[...] = jnp.zeros_like(total)
     statistics[0] = jnp.full(statistics.shape[1:], LOW / 2, jnp.float32)
     statistics[1] = jnp.zeros(statistics.shape[1:], jnp.float32)
-    notes = Notes(lambda key: refs[0][0, 0, 0, key >> 2] >> (8 * (key & 3)), *refs[-2:]) if noted else None
+    count = list_set(words.at[0], places.at[0], entries)
+    tiles = (count + KEYS - 1) // KEYS
 
-    def first_row(word):
-        words = size // BITS  # of a page
-        return table[0, 0, word // words] * size + word % words * BITS
+    def pieces(tile):
+        """Of a tile, whose rows are copied together; behind the last key, row 0 of the cache is."""
+        return (jnp.minimum(count - tile * KEYS, KEYS) + _UNROLL - 1) // _UNROLL
 
-    def attend_tile(tile, count):
-        _unpack(tile, count, widths, keys)
-        is_key = jax.lax.broadcasted_iota(jnp.int32, (1, KEYS), 1) < count
+    def fetch(tile, buffer):
+        own = (tile * _ROWS_OF_TILE) & (_LISTED - 1)
 
-        def attend_query(t, _):
-            own = is_key if notes is None else is_key & ((notes.tile[...] >> t) & 1 != 0)
-            scores = product(q[0, t], keys[...], 1, 1) * (scale * LOG2_E)
-            scores = jnp.where(own, scores, LOW)
-            highest = jnp.maximum(statistics[0, t], jnp.max(scores, axis=1, keepdims=True))
-            p = jnp.exp2(scores - highest)
-            shrink = jnp.exp2(statistics[0, t] - highest)
-            statistics[0, t] = highest
-            statistics[1, t] = statistics[1, t] * shrink + jnp.sum(p, axis=1, keepdims=True)
-            values = keys[:, : widths.latent]
-            total[t] = total[t] * shrink + product(p.astype(values.dtype), values, 1, 0)
+        @pl.when(own == 0)
+        def _():
+            first = pl.multiple_of(tile * _ROWS_OF_TILE, _LISTED)
+            pltpu.sync_copy(entries.at[pl.ds(first, _LISTED)], listed)
+
+        def fetch_piece(i, _):
+            first = i * _UNROLL
+            # A shift, because the scalar core has no division.
+            line, lane = own + (first >> LANES.bit_length() - 1), first & (LANES - 1)
+            # All places before the first copy: what is read after one waits for it to start.
+            found = [listed[line, lane + n] & ((1 << PLACE_BITS) - 1) for n in range(_UNROLL)]
+            for n, place in enumerate(found):
+                source, target = rows.at[pl.ds(place, 1)], gathered.at[buffer, i, pl.ds(n, 1)]
+                pltpu.make_async_copy(source, target, arrived.at[buffer]).start()
             return 0
 
-        jax.lax.fori_loop(0, q.shape[1], attend_query, 0)
+        jax.lax.fori_loop(0, pieces(tile), fetch_piece, 0)
 
-    over_tiles(Gather(union, rows, gathered, arrived, first_row, notes), attend_tile)
+    def attend_tile(tile, buffer):
+        @pl.when(tile + 1 < tiles)
+        def _():
+            fetch(tile + 1, 1 - buffer)
+
+        wait_for_rows(gathered.at[buffer], arrived.at[buffer], pieces(tile))
+        _unpack(gathered.at[buffer], count - tile * KEYS, widths, keys)
+        own = [entries[pl.ds(tile * _ROWS_OF_TILE + r, 1), :] for r in range(_ROWS_OF_TILE)]
+        members = jnp.concatenate(own, axis=1) >> PLACE_BITS
+        jax.lax.fori_loop(0, q.shape[1], functools.partial(attend_query, members), 0)
+        return 1 - buffer
+
+    def attend_query(members, t, _):
+        scores = product(q[0, t], keys[...], 1, 1) * (scale * LOG2_E)
+        scores = jnp.where((members >> t) & 1 != 0, scores, LOW)
+        highest = jnp.maximum(statistics[0, t], jnp.max(scores, axis=1, keepdims=True))
+        p = jnp.exp2(scores - highest)
+        shrink = jnp.exp2(statistics[0, t] - highest)
+        statistics[0, t] = highest
+        statistics[1, t] = statistics[1, t] * shrink + jnp.sum(p, axis=1, keepdims=True)
+        values = keys[:, : widths.latent]
+        total[t] = total[t] * shrink + product(p.astype(values.dtype), values, 1, 0)
+        return 0
+
+    @pl.when(tiles > 0)
+    def _():
+        fetch(jnp.int32(0), jnp.int32(0))
+        jax.lax.fori_loop(0, tiles, attend_tile, jnp.int32(0))
+
     sums = statistics[1]
     divisor = jnp.where(sums > 0, sums, 1)
     lse[0] = jnp.where(sums > 0, statistics[0] / LOG2_E + jnp.log(divisor), -jnp.inf)
@@ -262,8 +315,8 @@ def _attend_kernel(table, union, *refs, widths: Widths, size: int, scale: float,
 def _unpack(tile, count: Int[Array, ""], widths: Widths, keys) -> None:
     """The matrix of a tile's keys; rows behind the last are zero."""
     filled = jax.lax.broadcasted_iota(jnp.int32, (KEYS, 1), 0) < count
-    words = jnp.where(filled, tile[:, : widths.latent_words], 0)
-    rest = jnp.where(filled, tile[:, widths.latent_words :], 0)
+    words = jnp.where(filled, tile[:, :, : widths.latent_words].reshape(KEYS, -1), 0)
+    rest = jnp.where(filled, tile[:, :, widths.latent_words :].reshape(KEYS, -1), 0)
     keys[:, widths.latent :] = upper_half(rest[:, : widths.rope])
     if not widths.in_e4m3:
         keys[:, : widths.latent_words] = upper_half(words << 16)

@@ -90,7 +90,7 @@ def prepare(
     missing_blocks = sizes.blocks - selected.shape[1]
     selected = pad_axis(jnp.pad(selected, [(0, 0), (0, missing_blocks), (0, 0)]), 2, BITS)
     q = q.reshape(sizes.batch, sizes.blocks * sizes.columns, sizes.width)
-    return Operands(q, _rows(kv, index_k, selected, sizes), union_of(selected)), sizes
+    return Operands(q, _rows(kv, index_k, selected, sizes), _union(selected)), sizes
 
 
 def pad_queries(x: Float[Array, "B T H ..."], blocks_multiple: int = 1) -> Array:
@@ -124,8 +124,8 @@ def paired(x: Array) -> UInt32[Array, "B S X/2"]:
     return low | (high << 16)
 
 
-def union_of(selected: UInt32[Array, "B W S"]) -> Int[Array, "B W 1 S/32"]:
-    """One bit a key: whether any query of a block selected it."""
+def _union(selected: UInt32[Array, "B W S"]) -> Int[Array, "B W 1 S/32"]:
+    """One bit a key: whether any query of the block selected it."""
     batch, blocks, keys = selected.shape
     used = (selected != 0).astype(jnp.uint32).reshape(batch, blocks, 1, keys // BITS, BITS)
     bits = jnp.sum(used << jnp.arange(BITS, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
@@ -139,17 +139,6 @@ class Gather(NamedTuple):
     rows: Ref  # [S, Y] of the sequence
     tiles: Ref  # [2, KEYS, Y]
     arrived: Ref  # a semaphore for each
-    # Where the row of the first key of a word of the union lies; those of its other keys follow.
-    first_row: Callable[[Int[Array, ""]], Int[Array, ""]] = lambda word: word * BITS
-    notes: "Notes | None" = None
-
-
-class Notes(NamedTuple):
-    """A number for each key of a tile that is not in its row."""
-
-    of: Callable[[Int[Array, ""]], Int[Array, ""]]
-    written: Ref  # [2, 1, KEYS], in scalar memory
-    tile: Ref  # [1, KEYS], those of the tile that is worked on
 
 
 class Scatter(NamedTuple):
@@ -176,16 +165,16 @@ class Scatter(NamedTuple):
     ) -> None:
         """Adds to a tile of sums and starts to write it back."""
 
-        def write(key, _, place):
+        def write(key, place):
             _copy(self.tiles.at[buffer], place, self.sums, key, self.written.at[buffer])
 
-        _wait(self.tiles.at[buffer], self.read.at[buffer], count)
+        wait_for_rows(self.tiles.at[buffer], self.read.at[buffer], count)
         self.tiles[buffer] += self.added[...]
-        _for_each_key(union, first_word, write, lambda word: word * BITS)
+        _for_each_key(union, first_word, write)
 
     def wait_for_writing(self, buffer: Int[Array, ""], count: Int[Array, ""]) -> None:
         """Until the tile may be used again."""
-        _wait(self.tiles.at[buffer], self.written.at[buffer], count)
+        wait_for_rows(self.tiles.at[buffer], self.written.at[buffer], count)
 
 
 def over_tiles(
@@ -197,23 +186,19 @@ def over_tiles(
     """
 
     def fetch(first_word, buffer):
-        def copy(key, row, place):
-            _copy(gather.rows, row, gather.tiles.at[buffer], place, gather.arrived.at[buffer])
-            if gather.notes:
-                gather.notes.written[buffer, 0, place] = gather.notes.of(key)
+        def copy(key, place):
+            _copy(gather.rows, key, gather.tiles.at[buffer], place, gather.arrived.at[buffer])
             if scatter:
                 _copy(scatter.sums, key, scatter.tiles.at[buffer], place, scatter.read.at[buffer])
 
-        return _for_each_key(gather.union, first_word, copy, gather.first_row)
+        return _for_each_key(gather.union, first_word, copy)
 
     def step(state):
         buffer, count, first_word, next_word, being_written = state
         if scatter:
             scatter.wait_for_writing(1 - buffer, being_written)
         word_after, next_count = fetch(next_word, 1 - buffer)
-        _wait(gather.tiles.at[buffer], gather.arrived.at[buffer], count)
-        if gather.notes:
-            pltpu.sync_copy(gather.notes.written.at[buffer], gather.notes.tile)
+        wait_for_rows(gather.tiles.at[buffer], gather.arrived.at[buffer], count)
         work(gather.tiles.at[buffer], count)
         if scatter:
             scatter.add(gather.union, first_word, buffer, count)
@@ -231,9 +216,9 @@ def _copy(source, from_row, target, to_row, semaphore) -> None:
     pltpu.make_async_copy(source.at[pl.ds(from_row, 1)], target.at[pl.ds(to_row, 1)], semaphore).start()
 
 
-def _wait(tile: Ref, semaphore: Ref, count: Int[Array, ""]) -> None:
+def wait_for_rows(tile: Ref, semaphore: Ref, count: Int[Array, ""]) -> None:
     """Until ``count`` rows were copied to or from a tile: in as many steps as the number has bits."""
-    size = KEYS
+    size = tile.shape[0]
     while size:
 
         @pl.when((count & size) != 0)
@@ -246,25 +231,20 @@ def _wait(tile: Ref, semaphore: Ref, count: Int[Array, ""]) -> None:
 
 
 def _for_each_key(
-    union,
-    first_word: Int[Array, ""],
-    visit: Callable[[Array, Array, Array], None],
-    first_row: Callable[[Array], Array],
+    union, first_word: Int[Array, ""], visit: Callable[[Array, Array], None]
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """``visit(key, row, place in the tile)`` for the keys of whole words, as long as a tile has room for one more.
+    """``visit(key, place in the tile)`` for the keys of whole words, as long as a tile has room for one more word.
 
     Returns the first word that is left and the number of keys.
     """
 
     def next_word(state):
         word, count = state
-        row = first_row(word)
 
         def next_bit(state):
             bits, count = state
             lowest = bits & -bits
-            bit = 31 - jax.lax.clz(lowest)
-            visit(word * BITS + bit, row + bit, count)
+            visit(word * BITS + 31 - jax.lax.clz(lowest), count)
             return bits ^ lowest, count + 1
 
         return word + 1, jax.lax.while_loop(lambda s: s[0] != 0, next_bit, (union[0, 0, 0, word], count))[1]
