@@ -110,6 +110,7 @@ def main() -> None:
             CUDA_VISIBLE_DEVICES="",
             XLA_FLAGS=f"--xla_dump_to={dump}" if is_gpu else "",
             TPU_SKIP_MDS_QUERY="1",
+            ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # there is no TPU to share
             TPU_WORKER_HOSTNAMES="localhost",
             TPU_ACCELERATOR_TYPE="v5p-8",
             MOSAIC_GPU_DUMP_TO=dump,
@@ -239,7 +240,9 @@ def own_name(name: str) -> str:
 
 def read_assembly(text: str) -> dict[str, tuple[int, int, int]]:
     """Of each kernel: threads of a block, asynchronous products and asynchronous copies."""
-    entries = re.findall(r"\.entry (\w+)\(.*?\.(?:reqntid|maxntid) (\d+)(.*?)\n}", text, re.DOTALL)
+    entries = re.findall(
+        r"\.entry (\w+)\(.*?\.(?:reqntid|maxntid) (\d+)(.*?)(?=\.entry |\Z)", text, re.DOTALL
+    )
     return {
         own_name(name): (
             int(threads),
