@@ -153,6 +153,7 @@ def _check(
             "it with decode.cache.empty where it is used, or name the same implementation there"
         )
     checks.shapes(op, {**queries, **table, **_parts_of(cache)})
+    _check_dtypes(op, cache)
 
 
 def _parts_of(cache: Cache | PackedCache) -> dict[str, tuple[Any, str]]:
@@ -162,6 +163,23 @@ def _parts_of(cache: Cache | PackedCache) -> dict[str, tuple[Any, str]]:
         letters = ("P G Y", "P G I", "P G")
     named = zip(cache._fields, cache, letters, strict=True)
     return {f"cache.{name}": (x, axes) for name, x, axes in named if x is not None or "scale" not in name}
+
+
+def _check_dtypes(op: str, cache: Cache | PackedCache) -> None:
+    dtype = str(cache.index_key.dtype)
+    if dtype not in ("bfloat16", "float32", jnp.dtype(E4M3).name):
+        raise UnsupportedError(
+            f"{op}: cache.index_key is {dtype}, and it should be as decode.cache.empty makes it"
+        )
+    rope, scale = ("bfloat16", "float32") if cache.index_key.dtype == E4M3 else (dtype, "None")
+    wanted = {"latent": dtype, "rope": rope, "rows": "int32", "latent_scale": scale, "index_scale": scale}
+    for name, array in cache._asdict().items():
+        given = "None" if array is None else str(array.dtype)
+        if name in wanted and given != wanted[name]:
+            raise UnsupportedError(
+                f"{op}: cache.{name} is {given}, and it should be {wanted[name]}, as index_key is {dtype}: make it "
+                "with decode.cache.empty"
+            )
 
 
 def _check_rows(op: str, latent_dim: int, rope_dim: int, cache: Cache | PackedCache) -> None:

@@ -1,5 +1,7 @@
 """Kullback-Leibler divergence from the attention of all heads to the softmax of the index scores."""
 
+import jax.numpy as jnp
+
 from pallas_kernels import checks
 from pallas_kernels.indexer_loss import gpu, gpu_dense, reference, tpu, tpu_dense
 from pallas_kernels.platform import choose
@@ -40,6 +42,8 @@ def dense_indexer_loss(
     checks.alike(op, {"q": q, "k": k})
     numbers = {"scores": scores, "q": q, "k": k, "lse": lse}
     checks.floats(op, numbers, kernel=chosen is not reference.dense_indexer_loss)
+    if q.dtype != jnp.float64:
+        checks.short_floats(op, {"lse": lse})
     return chosen(scores, q, k, lse, visibility, selected, scale=checks.factor(op, "scale", scale))
 
 

@@ -72,6 +72,7 @@ WRONG_CALLS = [
     ("dense_mla", {"scale": "0.1"}, rf"scale is '0.1', and it should be {FLOAT}"),
     ("dense_mla", {"scale": float("nan")}, r"scale is nan, and it should be finite"),
     ("dense_indexer_loss", {"lse": a("float32", B, T, H)}, r"lse is float32\[2, 37, 3\].*H = 3 as in q"),
+    ("dense_indexer_loss", {"lse": a("float64", B, H, T)}, r"lse is float64\[2, 3, 37\], and"),
     ("dense_indexer_loss", {"scores": a("float32", B, T, 1)}, r"scores is float32\[2, 37, 1\].*S = 90 as in k"),
     ("dense_indexer_loss", {"scores": a("int32", B, T, S)}, r"scores is int32.*bfloat16 or float32"),
     ("dense_indexer_loss", {"k": a("float32", B, H, S, J)}, r"k is float32.*should be bfloat16 as q is"),
@@ -188,12 +189,20 @@ def test_numbers_may_be_of_any_kind(implementation, name, number):
 
 
 @on_every_platform
-def test_a_cache_of_other_widths(implementation):
+def test_a_cache_that_does_not_fit(implementation):
     options = {"latent_dim": C, "scale": 1.0, "implementation": implementation}
     _, arrays, _ = arguments_of("paged_sparse_mla", implementation, {})
     for widths in ({"latent_dim": 600}, {"rope_dim": 200}):
         sentence = r"(rows of the cache have \d+ words|the (latent|rotary) part of q is \d+ wide)"
         refused(paged_sparse_mla, arrays | {"cache": cache_of(implementation, **widths)}, sentence, **options)
+    index_scale = a("float32", PAGES, PAGE) if implementation != "tpu" else a("float32", PAGES, 1, PAGE)
+    for changes, sentence in (
+        ({"index_key": a("float16", *arrays["cache"].index_key.shape)}, r"cache.index_key is float16"),
+        ({"index_scale": index_scale}, r"cache.index_scale is float32, and it should be None, as"),
+    ):
+        refused(
+            paged_sparse_mla, arrays | {"cache": arrays["cache"]._replace(**changes)}, sentence, **options
+        )
     layers = jax.tree.map(lambda x: a(x.dtype, 3, *x.shape), arrays["cache"])
     refused(paged_sparse_mla, arrays | {"cache": layers}, r"cache\.\w+ is \w+\[3, 30, 32, \d+\]", **options)
 
