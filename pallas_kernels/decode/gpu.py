@@ -169,20 +169,20 @@ def _attend_kernel(q, rows, places, latent, rope, *rest, group: int, scale: floa
         def add_chunk(n, scores):
             return scores + dot(q[b, t, heads, pl.ds(n * of_chunk, of_chunk)], latents(keys, n).T)
 
+        # In e4m3 each chunk is widened here, and below again: all four are more than the registers hold.
+        whole = None if in_e4m3 else latents(keys, 0)
         scores = dot(q_r, rope[keys, ropes].T)
-        if in_e4m3:
-            # Widened here and again below: four chunks of the wide tile at once are more than the registers hold.
+        if whole is None:
             scores = jax.lax.fori_loop(0, chunks, add_chunk, scores)
-            values = [latents(keys, n) for n in range(chunks)]
         else:
-            values = [latents(keys, 0)]
-            scores += dot(q_c, values[0].T)
+            scores += dot(q_c, whole.T)
         scores = jnp.where(is_key[None, :], scores * (scale * LOG2_E), LOW)
         highest = jnp.maximum(before, jnp.max(scores, axis=1))
         p, shrink = jnp.exp2(scores - highest[:, None]), jnp.exp2(before - highest)
         narrow = p.astype(q.dtype)
         totals = tuple(
-            total * shrink[:, None] + dot(narrow, v) for total, v in zip(totals, values, strict=True)
+            total * shrink[:, None] + dot(narrow, latents(keys, n) if whole is None else whole)
+            for n, total in enumerate(totals)
         )
         return totals, highest, sums * shrink + jnp.sum(p, axis=1)
 
