@@ -157,10 +157,8 @@ def _check(
 
 
 def _parts_of(cache: Cache | PackedCache) -> dict[str, tuple[Any, str]]:
-    if isinstance(cache, Cache):
-        letters = ("P G C", "P G R", "P G I", "P G c", "P G")
-    else:
-        letters = ("P G Y", "P G I", "P G")
+    of_cache = ("P G C", "P G R", "P G I", "P G c", "P G")
+    letters = of_cache if isinstance(cache, Cache) else ("P G Y", "P G I", "P G")
     named = zip(cache._fields, cache, letters, strict=True)
     return {f"cache.{name}": (x, axes) for name, x, axes in named if x is not None or "scale" not in name}
 

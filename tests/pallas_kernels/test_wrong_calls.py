@@ -195,10 +195,12 @@ def test_a_cache_that_does_not_fit(implementation):
     for widths in ({"latent_dim": 600}, {"rope_dim": 200}):
         sentence = r"(rows of the cache have \d+ words|the (latent|rotary) part of q is \d+ wide)"
         refused(paged_sparse_mla, arrays | {"cache": cache_of(implementation, **widths)}, sentence, **options)
-    index_scale = a("float32", PAGES, PAGE) if implementation != "tpu" else a("float32", PAGES, 1, PAGE)
     for changes, sentence in (
         ({"index_key": a("float16", *arrays["cache"].index_key.shape)}, r"cache.index_key is float16"),
-        ({"index_scale": index_scale}, r"cache.index_scale is float32, and it should be None, as"),
+        (
+            {"index_scale": a("float32", PAGES, PAGE)},
+            r"cache.index_scale is float32, and it should be None, as",
+        ),
     ):
         refused(
             paged_sparse_mla, arrays | {"cache": arrays["cache"]._replace(**changes)}, sentence, **options
