@@ -83,7 +83,8 @@ def begun(stage: Stage, plan: Plan, pending: list[int], watch: Watch) -> Iterato
 
 def _do_tasks(pool: list[Connection], tasks: Iterable[tuple], done: Any, bar: Bar) -> None:
     """Has the workers do tasks, one at a time each, while the bar moves; raises what the first to fail raised."""
-    left, busy, shown = iter(tasks), set(), 0
+    left, shown = iter(tasks), 0
+    busy: set[Connection] = set()
 
     def give(worker: Connection) -> None:
         if task := next(left, None):
@@ -94,7 +95,8 @@ def _do_tasks(pool: list[Connection], tasks: Iterable[tuple], done: Any, bar: Ba
     for worker in pool:
         give(worker)
     while busy:
-        for worker in wait(busy, _POLL_SECONDS):
+        ready = wait(busy, _POLL_SECONDS)
+        for worker in [worker for worker in busy if worker in ready]:
             busy.remove(worker)
             with _alive():
                 error = worker.recv()

@@ -53,7 +53,7 @@ class _Keys(NamedTuple):
     """What the absorbed form reads of the tokens that may be attended to."""
 
     kv: Float[Array, "B S C+R"]
-    index: Float[Array, "B S J"] | None
+    index_key: Float[Array, "B S J"] | None
     segment: Int[Array, "B S"]
 
 
@@ -222,7 +222,7 @@ class MultiHeadLatentAttention(nnx.Module):
         w_uk, w_uv = jnp.split(kv_b, [config.qk_nope_head_dim], axis=-1)
         absorbed = jnp.einsum("bthp,chp->bthc", block.queries.nope, w_uk, preferred_element_type=jnp.float32)
         q = jnp.concatenate([absorbed.astype(dtype), block.queries.pe], axis=-1)
-        index, index_key = block.queries.indexer, keys.index
+        index, index_key = block.queries.indexer, keys.index_key
         selection = self._select(index, index_key, Visibility(block.number, block.segment, keys.segment))
         scale = config.softmax_scale
         o_latent, lse = sparse_mla(q, kv, selection, latent_dim=config.kv_lora_rank, scale=scale)

@@ -90,7 +90,7 @@ class KeyBlocks(NamedTuple):
 
 
 def by_heads(
-    function: Callable[[tuple[Array, ...], KeyBlocks], Any],
+    function: Callable[..., Any],
     queries: tuple[Float[Array, "B H T ..."], ...],
     keys: tuple[Float[Array, "B H S X"], ...],
     visibility: Visibility,
@@ -112,8 +112,10 @@ def by_heads(
     def of_group(number_and_queries):
         number, queries = number_and_queries
         sequence, head = number // (heads // group), number % (heads // group) * group
-        own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, sequence, 1), (visibility, selected))
-        return function(queries, KeyBlocks(keys, *own, size, group, sequence, head))
+        limits, mask = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, sequence, 1), (visibility, selected)
+        )
+        return function(queries, KeyBlocks(keys, limits, mask, size, group, sequence, head))
 
     groups = tuple(x.reshape(-1, 1, group, *x.shape[2:]) for x in queries)
     results = jax.lax.map(of_group, (jnp.arange(len(groups[0]), dtype=jnp.int32), groups))
@@ -122,6 +124,10 @@ def by_heads(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q, k, v, visibility, selected, scale) -> tuple[Array, Array]:
+    return _attend_all(q, k, v, visibility, selected, scale)
+
+
+def _attend_all(q, k, v, visibility, selected, scale) -> tuple[Array, Array]:
     return by_heads(functools.partial(_attend_some, scale=scale), (q,), (k, v), visibility, selected)
 
 
@@ -150,7 +156,7 @@ def _attend_some(queries: tuple[Array], blocks: KeyBlocks, *, scale: float) -> t
 
 
 def _forward(q, k, v, visibility, selected, scale):
-    o, lse = _attend(q, k, v, visibility, selected, scale)
+    o, lse = _attend_all(q, k, v, visibility, selected, scale)
     o, lse = checkpoint_name(o, OUTPUT), checkpoint_name(lse, LSE)
     return (o, lse), (q, k, v, visibility, selected, o, lse)
 

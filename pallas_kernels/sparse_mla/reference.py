@@ -61,6 +61,10 @@ def sparse_mla(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _attend(q: Array, kv: Array, indices: Array, latent_dim: int, scale: float) -> tuple[Array, Array]:
+    return _attend_all(q, kv, indices, latent_dim, scale)
+
+
+def _attend_all(q: Array, kv: Array, indices: Array, latent_dim: int, scale: float) -> tuple[Array, Array]:
     flat_indices, rows, flat_q = by_query(indices, kv, q)
 
     def attend_queries(operands):
@@ -76,7 +80,7 @@ def _attend(q: Array, kv: Array, indices: Array, latent_dim: int, scale: float) 
 
 
 def _forward(q, kv, indices, latent_dim, scale):
-    o, lse = _attend(q, kv, indices, latent_dim, scale)
+    o, lse = _attend_all(q, kv, indices, latent_dim, scale)
     o, lse = checkpoint_name(o, OUTPUT), checkpoint_name(lse, LSE)
     return (o, lse), (q, kv, indices, o, lse)
 

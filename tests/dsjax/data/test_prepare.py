@@ -171,7 +171,9 @@ def test_an_interrupted_command_says_how_to_go_on_and_leaves_no_process(corpus, 
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said == "stopped: run the same command again to go on\n"
-    ends = time.monotonic() + 5  # Python's own tracker of shared memory ends when it sees that the rest is gone
+    ends = (
+        time.monotonic() + 5
+    )  # Python's own tracker of shared memory ends when it sees that the rest is gone
     while workers_of(process.pid) and time.monotonic() < ends:
         time.sleep(0.05)
     assert workers_of(process.pid) == []
