@@ -155,14 +155,14 @@ def compile_for(chip: str, program: Callable[[], Any]) -> tuple[str, ...]:
 
 def read_tpu_dump(program: str, names: tuple[str, ...], files: set[Path]) -> list[TpuKernel]:
     """The kernels of a program from what the compiler wrote down, by their names within those of transformations."""
-    stages = collections.defaultdict(dict)
+    stages = collections.defaultdict(lambda: collections.defaultdict(dict))
     for path in files:
-        match = re.match(r"\d+-(?:jvp_|transpose_|jit_)*(\w+?)_*(?:\.\d+)?-\d+-(.+)\.txt", path.name)
+        match = re.match(r"(\d+-(?:jvp_|transpose_|jit_)*(\w+?)_*(?:\.\d+)?)-\d+-(.+)\.txt", path.name)
         if match:
-            stages[match[1]][match[2]] = path
+            stages[match[2]][match[1]][match[3]] = path
     kernels = []
     for name in names:
-        of_kernel = stages[name]
+        of_kernel = stages[name][min(stages[name])]  # the first of those that share a name
         bundles = of_kernel["final_bundles"], of_kernel["final_hlo-static-per-bundle-utilization"]
         kernels.append(
             TpuKernel(program, name, vmem_bytes(of_kernel["original"].read_text()), *hottest_loop(*bundles))
