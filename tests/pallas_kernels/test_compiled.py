@@ -25,9 +25,9 @@ NAMES = (
     ("experts", "gmm"),
 )
 LEAST_MXU = {
-    "v5p": (0.90, 0.80, 0.93, 0.87, 0.68, 0.84),
-    "v6e": (0.82, 0.50, 0.84, 0.68, 0.32, 0.58),
-    "tpu7x": (0.81, 0.42, 0.79, 0.53, 0.32, 0.47),
+    "v5p": (0.90, 0.80, 0.93, 0.87, 0.68, 0.84, 0.85, 0.85),
+    "v6e": (0.82, 0.50, 0.84, 0.68, 0.32, 0.58, 0.80, 0.40),
+    "tpu7x": (0.81, 0.42, 0.79, 0.53, 0.32, 0.47, 0.38, 0.44),
 }
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def needs(package: str):
 def compiled(chip: str, folder: Path) -> dict[tuple[str, str], dict]:
     """What the program says of each kernel; prints its table."""
     command = [sys.executable, PROGRAM, chip, "--json", folder / "kernels.json"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stderr[-3000:]
     print(run.stdout)
     kernels = json.loads((folder / "kernels.json").read_text())
@@ -59,9 +59,9 @@ def test_tpu(chip, tmp_path):
 def test_h100(tmp_path):
     kernels = compiled("h100", tmp_path)
     assert len(kernels) >= 22
-    for (program, name), kernel in kernels.items():
+    for (_, name), kernel in kernels.items():
         assert kernel["spilt_bytes"] == 0, kernel
         assert kernel["shared_bytes"] <= 227 * 1024, kernel
-        if program not in ("e4m3", "decode8") and name != "topk_indices":  # those widen in registers
+        if name != "topk_indices":
             assert kernel["products"], kernel
             assert kernel["copies"], kernel
