@@ -112,6 +112,7 @@ WRONG_CALLS = [
     ("fp8_matmul", {"w_scale": a("float32", 3), "transposed": True}, r"w_scale .* should be \[n, k\]"),
     ("fp8_matmul", {"out_dtype": "e4m3"}, r"out_dtype is e4m3, and it should be bfloat16 or float32"),
     ("paged_index_scores", {"w": a("float32", B, 2, 1)}, r"w is float32\[2, 2, 1\].*N = 5 as in q"),
+    ("paged_index_scores", {"q": a("bfloat16", B)}, r"q is bfloat16\[2\], and it should be \[B, T, N, J\]"),
     ("paged_index_scores", {"q": a("bfloat16", B, 2, N, 200)}, r"q is 200 wide, and the cache holds"),
     ("paged_index_scores", {"q": a("float16", B, 2, N, J)}, r"q is float16"),
     ("paged_index_scores", {"w": a("int32", B, 2, N)}, r"w is int32.*bfloat16 or float32"),
