@@ -11,6 +11,11 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV32Con
 from dsjax.config import ModelConfig
 from dsjax.models.transformer import Transformer
 
+# A thread's first call of one of these may run at low accuracy when several threads make theirs at once, one element
+# never does (pytorch/pytorch#188792).
+for _function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
+    _function(torch.ones(1))
+
 _OURS_ALONE = {"rope_scaling", "rope_theta", "index_precision", "mtp_input", "compute_dtype", "param_dtype"}
 _OURS_ALONE |= {"dense_attention_max_length", "attention_block_size", "remat", "scan_layers"}
 _OURS_ALONE |= {"num_nextn_predict_layers"}
