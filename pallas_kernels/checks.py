@@ -19,11 +19,11 @@ from pallas_kernels.visibility import Visibility
 Named = Mapping[str, tuple[Array, str]]  # an argument's name, and the letters of its axes
 
 
-def limits(visibility: Visibility) -> Named:
+def limits(op: str, visibility: Visibility) -> Named:
     """The parts of a visibility, for ``shapes``."""
     if not isinstance(visibility, Visibility):
         raise UnsupportedError(
-            f"visibility is {_kind(visibility)}, and it should be a pallas_kernels.visibility.Visibility"
+            f"{op}: visibility is {_kind(visibility)}, and it should be a pallas_kernels.visibility.Visibility"
         )
     letters = ("B T", "B T", "B S")
     return {
@@ -64,7 +64,7 @@ def attended(
     op: str, arguments: Named, visibility: Visibility, selected: UInt32[Array, "B W S"] | None
 ) -> None:
     """Raises UnsupportedError unless arguments, limits and the packed mask, if there is one, are of the same tokens."""
-    of_tokens = limits(visibility)
+    of_tokens = limits(op, visibility)
     masks = {} if selected is None else {"selected": (selected, "B W S")}
     shapes(op, {**arguments, **of_tokens, **masks})
     integers(op, of_tokens)

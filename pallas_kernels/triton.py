@@ -37,18 +37,20 @@ def call(
         if array.size >= 1 << 31:
             raise UnsupportedError(
                 f"{name}: an array {array.dtype}{list(array.shape)} has more than 2^31 elements, which the GPU kernel "
-                "cannot address: give it a smaller block of queries (model.attention_block_size) or batch"
+                "cannot address: give it a smaller block of queries (model.attention_block_size) or batch, or shard "
+                "the heads over more devices"
             )
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        out_shape=out_shape,
-        input_output_aliases=aliases or {},
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
-        cost_estimate=cost,
-        interpret=gpu_interpreter(),
-        name=name,
-    )(*operands)
+    with jax.enable_x64(False):  # kernels count in 32 bits, whatever the program around them does
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            out_shape=out_shape,
+            input_output_aliases=aliases or {},
+            compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+            cost_estimate=cost,
+            interpret=gpu_interpreter(),
+            name=name,
+        )(*operands)
 
 
 def add_to_rows(ref, batch: Array, rows: Array, features, values: Array) -> None:

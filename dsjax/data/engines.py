@@ -137,7 +137,10 @@ def _work(tasks: Connection, done: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it, and says what there is to say
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
-        task = tasks.recv()
+        try:
+            task = tasks.recv()
+        except EOFError:  # the parent has ended while there was nothing to do
+            return
         try:
             do_task(*task)
         except Exception as error:

@@ -103,14 +103,16 @@ def _cost(rows: int, depth: int, columns: int) -> pl.CostEstimate:
 def _tiles(rows: int, sizes: Int[Array, "G"], tile: int, steps: int) -> _Tiles:
     """As many as the least favourable sizes need; those that are left over have no rows."""
     groups = sizes.shape[0]
-    sizes = jnp.append(sizes, rows - jnp.sum(sizes))
+    sizes = jnp.append(sizes, rows - jnp.sum(sizes, dtype=sizes.dtype))
     end, last_tile = jnp.cumsum(sizes), jnp.cumsum((sizes + tile - 1) // tile)
     place = jnp.arange(rows // tile + groups + 1, dtype=jnp.int32)
     group = jnp.minimum(jnp.searchsorted(last_tile, place, side="right"), groups).astype(jnp.int32)
     before = last_tile[group] - (sizes[group] + tile - 1) // tile
     first = end[group] - sizes[group] + tile * (place - before)
     has_matrix = group < groups
-    return _Tiles(jnp.where(has_matrix, group, 0), first, end[group], jnp.where(has_matrix, steps, 0))
+    return _Tiles(
+        jnp.where(has_matrix, group, 0), first, end[group], jnp.where(has_matrix, jnp.int32(steps), 0)
+    )
 
 
 def _product_kernel(

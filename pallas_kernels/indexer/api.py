@@ -44,19 +44,21 @@ def index_scores(
 
 
 def _check(q, k, w, visibility: Visibility, k_scale, *, kernel: bool) -> None:
-    op, limits, scale = "index_scores", checks.limits(visibility), {}
-    if k_scale is not None:
-        scale = {"k_scale": k_scale}
-        if q.dtype != jnp.float8_e4m3fn:
-            raise UnsupportedError(
-                f"{op}: k_scale was given with q in {q.dtype}, and it is for float8_e4m3fn: multiply k by it"
-            )
+    op = "index_scores"
+    limits = checks.limits(op, visibility)
     axes = {"q": (q, "B T N J"), "k": (k, "B S J"), "w": (w, "B T N"), **limits}
-    checks.shapes(op, axes | {name: (array, "B S") for name, array in scale.items()})
-    checks.alike(op, {"q": q, "k": k})
-    operands = {} if q.dtype == jnp.float8_e4m3fn else {"q": q, "k": k}
-    checks.floats(op, operands | {"w": w} | scale, kernel=kernel)
+    scale = {} if k_scale is None else {"k_scale": (k_scale, "B S")}
+    checks.shapes(op, axes | scale)
     checks.integers(op, limits)
+    if k_scale is not None and q.dtype != jnp.float8_e4m3fn:
+        raise UnsupportedError(
+            f"{op}: k_scale was given with q in {q.dtype}, and it is for float8_e4m3fn: multiply k by it"
+        )
+    checks.alike(op, {"q": q, "k": k})
+    if q.dtype != jnp.float8_e4m3fn:
+        checks.floats(op, {"q": q, "k": k, "w": w}, kernel=kernel)
+    if q.dtype != jnp.float64:
+        checks.short_floats(op, {"w": w} | {name: array for name, (array, _) in scale.items()})
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -32,8 +32,9 @@ def sparse_mla(
     checks.shapes("sparse_mla", {"q": (q, "B T H X"), "kv": (kv, "B S X")})
     checks.alike("sparse_mla", {"q": q, "kv": kv})
     checks.floats("sparse_mla", {"q": q, "kv": kv}, kernel=chosen is not reference.sparse_mla)
-    checks.latent_dim_within("sparse_mla", latent_dim, q.shape[-1])
+    latent_dim = checks.latent_dim_within("sparse_mla", latent_dim, q.shape[-1])
     if chosen is gpu.sparse_mla:
         checks.rows_fit_gpu("sparse_mla", latent_dim, kv)
     selection = checks.selection_of("sparse_mla", selection, q.shape[0], q.shape[1], kv.shape[1])
+    scale = checks.factor("sparse_mla", "scale", scale)
     return chosen(q, kv, selection, latent_dim=latent_dim, scale=scale)

@@ -50,6 +50,8 @@ WRONG_SCORES = {
         SCORES | {"q": a("float16", B, T, N, J), "k": a("float16", B, S, J)},
         r"q is float16\[2, 37, 5, 16\], and it should be bfloat16 or float32: cast it",
     ),
+    "no queries": (SCORES | {"q": None}, r"q is None, and it should be an array \[B, T, N, J\]"),
+    "weights in 64 bits": (SCORES | {"w": a("float64", B, T, N)}, r"w is float64\[2, 37, 5\], and"),
     "integer weights": (SCORES | {"w": a("int32", B, T, N)}, r"w is int32\[2, 37, 5\].*bfloat16 or float32"),
     "e4m3 keys alone": (IN_E4M3 | {"q": SCORES["q"]}, r"k_scale was given with q in bfloat16"),
     "e4m3 queries alone": (IN_E4M3 | {"k": SCORES["k"]}, r"k is bfloat16.*float8_e4m3fn as q is"),

@@ -15,6 +15,7 @@ from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.indexer.api import index_scores
 from pallas_kernels.indexer_loss.api import dense_indexer_loss, sparse_indexer_loss
 from pallas_kernels.platform import UnsupportedError
+from pallas_kernels.sparse_mla.api import sparse_mla
 from pallas_kernels.visibility import Visibility
 
 on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
@@ -41,6 +42,7 @@ FITS = {
         {"scores": a("float32", B, T, S), **MHA, "lse": LSE, "visibility": LIMITS, "selected": MASK, **SCALE},
     ),
     "sparse_indexer_loss": (sparse_indexer_loss, {**INDEX, **ATTENTION, "lse": a("float32", B, T, H), **SCALE}),
+    "sparse_mla": (sparse_mla, {**ATTENTION, "latent_dim": C, **SCALE}),
     "expert_mlp": (expert_mlp, EXPERTS | {name: a("bfloat16", 6, *size) for name, size in MATRICES.items()}),
     "expert_mlp of a stack": (
         expert_mlp,
@@ -137,8 +139,8 @@ def arguments_of(name: str, implementation: str, changes: dict):
     op, arguments = FITS[name]
     if op in (paged_index_scores, paged_sparse_mla, decode_attention):
         arguments = arguments | {"cache": cache_of(implementation)}
-    if op in (sparse_indexer_loss, paged_sparse_mla):
-        queries, keys = (T, S) if op is sparse_indexer_loss else (2, TABLE * PAGE)
+    if op in (sparse_indexer_loss, sparse_mla, paged_sparse_mla):
+        queries, keys = (2, TABLE * PAGE) if op is paged_sparse_mla else (T, S)
         mask, indices = a("uint32", B, -(-queries // 32), keys), a("int32", B, queries, K)
         arguments = arguments | {"selection": mask if implementation == "tpu" else indices}
     arguments = arguments | changes
@@ -167,7 +169,8 @@ def test_a_mask_is_no_visibility(implementation, op):
     arrays = dict(SCORES) if op is index_scores else dict(FITS["dense_mla"][1])
     scale = {"scale": arrays.pop("scale")} if "scale" in arrays else {}
     with pytest.raises(
-        UnsupportedError, match=r"^visibility is bool\[2, 37, 90\], and it should be a .*Visibility"
+        UnsupportedError,
+        match=rf"^{op.__name__}: visibility is bool\[2, 37, 90\], and it should be a .*Visibility",
     ):
         jax.eval_shape(
             lambda x: op(**x, **scale, implementation=implementation),
@@ -176,15 +179,24 @@ def test_a_mask_is_no_visibility(implementation, op):
 
 
 @on_every_platform
+@pytest.mark.parametrize("name", FITS)
+def test_programs_may_count_in_64_bits(implementation, name):
+    op, arrays, options = arguments_of(name, implementation, {})
+    with jax.enable_x64():
+        found = jax.eval_shape(lambda x: op(**x, **options, implementation=implementation), arrays)
+    assert {x.dtype.itemsize for x in jax.tree.leaves(found)} <= {2, 4}
+
+
+@on_every_platform
 @pytest.mark.parametrize(
-    "name", ["dense_mla", "dense_indexer_loss", "sparse_indexer_loss", "paged_sparse_mla"]
+    "name", ["dense_mla", "dense_indexer_loss", "sparse_indexer_loss", "sparse_mla", "paged_sparse_mla"]
 )
 @pytest.mark.parametrize("number", [np.float64, jnp.float32])
 def test_numbers_may_be_of_any_kind(implementation, name, number):
-    """Where jax counts in 64 bits, as kernels for GPUs do not, a scale in 64 would widen what it multiplies."""
-    numbers = {"scale": number(0.1)} | ({"latent_dim": np.int64(C)} if name == "paged_sparse_mla" else {})
+    """Where jax counts in 64 bits, a scale in 64 would widen what it multiplies."""
+    numbers = {"scale": number(0.1)} | ({"latent_dim": np.int64(C)} if "sparse_mla" in name else {})
     op, arrays, options = arguments_of(name, implementation, numbers)
-    with jax.enable_x64(implementation != "gpu"):
+    with jax.enable_x64():
         found = jax.eval_shape(lambda x: op(**x, **options, implementation=implementation), arrays)
     assert jax.tree.leaves(found)[-1].dtype == jnp.float32
 
