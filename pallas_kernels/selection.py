@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.platform import UnsupportedError
-from pallas_kernels.shapes import Array, Bool, UInt32
+from pallas_kernels.shapes import Array, Bool, Int, UInt32
 
 BITS = 32  # queries a word
 
@@ -30,6 +30,13 @@ def unpack_mask(words: UInt32[Array, "B W S"], queries: int) -> Bool[Array, "B T
     place = jnp.arange(BITS, dtype=jnp.uint32)[:, None]
     mask = (jax.lax.expand_dims(words, [2]) >> place) & 1
     return mask.reshape(words.shape[0], -1, words.shape[-1])[:, :queries].astype(bool)
+
+
+def in_tiles(indices: Int[Array, "B T K"], tile: int) -> tuple[Int[Array, "B T L"], Int[Array, "B T"]]:
+    """A list of whole tiles, -1 behind, and how many of its places there are up to the last that is not empty."""
+    indices = jnp.pad(indices, [(0, 0), (0, 0), (0, -indices.shape[2] % tile)], constant_values=-1)
+    place = jnp.arange(1, indices.shape[2] + 1, dtype=jnp.int32)
+    return indices, jnp.max(jnp.where(indices >= 0, place, 0), axis=-1)
 
 
 def require_list(op: str, selection: Array) -> None:

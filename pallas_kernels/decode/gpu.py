@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.blocks import pad_axis, round_up
 from pallas_kernels.decode.cache import GROUP, Cache, readable, rows_of
 from pallas_kernels.decode.reference import combine
-from pallas_kernels.selection import require_list
+from pallas_kernels.selection import in_tiles, require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import LOG2_E, LOW
 from pallas_kernels.sparse_mla.gpu import KEYS, tiles_of
@@ -113,11 +113,8 @@ def paged_sparse_mla(
         cache.rope.dtype
     )
     batch, queries, all_heads, width = padded.shape
-    missing = -indices.shape[2] % KEYS
-    indices = jnp.pad(indices, [(0, 0), (0, 0), (0, missing)], constant_values=-1)
+    indices, places = in_tiles(indices, KEYS)
     rows = rows_of(page_table, indices, cache.page_size)
-    place = jnp.arange(1, rows.shape[2] + 1, dtype=jnp.int32)
-    places = jnp.max(jnp.where(rows >= 0, place, 0), axis=-1)
     group = min(all_heads, _HEADS)
     blocks = batch * queries * (all_heads // group)
     splits = max(1, min(rows.shape[2] // KEYS, _BLOCKS // blocks))

@@ -7,7 +7,7 @@ from pallas_kernels.accumulate import einsum, wide
 from pallas_kernels.blocks import pad_axis
 from pallas_kernels.decode.cache import E4M3, Cache, dequantise_latent, readable, rows_of
 from pallas_kernels.indexer.reference import index_scores
-from pallas_kernels.selection import require_list
+from pallas_kernels.selection import in_tiles, require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import sum_exp
 from pallas_kernels.visibility import Visibility
@@ -58,10 +58,8 @@ def paged_sparse_mla(
     """See ``api.paged_sparse_mla``. One query after another, a tile of its list at a time, as far as the list goes."""
     require_list("paged_sparse_mla", indices)
     tile = min(_PLACES, indices.shape[2])
-    indices = jnp.pad(indices, [(0, 0), (0, 0), (0, -indices.shape[2] % tile)], constant_values=-1)
-    rows = rows_of(page_table, indices, cache.page_size)
-    place = jnp.arange(1, rows.shape[2] + 1)
-    tiles = -(-jnp.max(jnp.where(rows >= 0, place, 0), axis=-1) // tile)
+    indices, places = in_tiles(indices, tile)
+    rows, tiles = rows_of(page_table, indices, cache.page_size), -(-places // tile)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cache)
 
     def attend(query):

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import pad_axis
 from pallas_kernels.residuals import LSE, OUTPUT
-from pallas_kernels.selection import require_list
+from pallas_kernels.selection import in_tiles, require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import LOG2_E, LOW, output_delta, to_base_2
 from pallas_kernels.triton import add_to_rows, call, dot, exp2, power_of_two
@@ -82,11 +82,7 @@ def pad(q: Array, kv: Array, indices: Array, latent_dim: int) -> Padded:
 
     if (latent, rope) != (latent_dim, q.shape[-1] - latent_dim):
         q, kv = features(q), features(kv)
-    missing = -indices.shape[2] % KEYS
-    indices = jnp.pad(indices, [(0, 0), (0, 0), (0, missing)], constant_values=-1)
-    place = jnp.arange(1, indices.shape[2] + 1, dtype=jnp.int32)
-    places = jnp.max(jnp.where(indices >= 0, place, 0), axis=-1)
-    return Padded(pad_heads(q), kv, indices, places, latent)
+    return Padded(pad_heads(q), kv, *in_tiles(indices, KEYS), latent)
 
 
 def pad_heads(x: Array) -> Array:
