@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from kernel_inputs import Sizes
 
 from pallas_kernels.decode import cache as paged
 from pallas_kernels.decode.api import decode_attention
@@ -17,12 +18,8 @@ from pallas_kernels.sparse_mla.api import sparse_mla
 from pallas_kernels.topk.api import select, topk_mask
 from pallas_kernels.visibility import Visibility
 
-HEADS, LATENT, ROPE, INDEX_HEADS, INDEX_DIM, TOPK = 128, 512, 64, 64, 128, 2048
-NOPE, VALUE, HIDDEN, EXPERT_WIDTH = 128, 128, 7168, 2048
-DENSE_HEADS = 32  # of a device: the keys of 128 heads, 48 KB a token, are for more than one at 128K
-SEQUENCES, PAGE = 16, 64  # decoded together, and tokens of a page
-LOCAL_EXPERTS, ROUTED_ROWS = 8, 8 * 4096  # of a device
-SCALE = (NOPE + ROPE) ** -0.5
+SIZES = Sizes()  # of the 671B model, as kernels.py measures it
+HOW = {"latent_dim": SIZES.latent, "scale": SIZES.scale}
 BF16, F32, I32, E4M3 = jnp.bfloat16, jnp.float32, jnp.int32, jnp.float8_e4m3fn
 
 
@@ -61,9 +58,9 @@ def limits(queries: int, keys: int) -> Visibility:
 def indexer(queries: int, keys: int, dtype=BF16) -> tuple:
     """Index queries, keys and weights."""
     return (
-        of(dtype, queries, INDEX_HEADS, INDEX_DIM),
-        of(dtype, keys, INDEX_DIM),
-        of(F32, queries, INDEX_HEADS),
+        of(dtype, queries, SIZES.index_heads, SIZES.index_dim),
+        of(dtype, keys, SIZES.index_dim),
+        of(F32, queries, SIZES.index_heads),
     )
 
 
@@ -72,13 +69,12 @@ def sparse(queries: int, keys: int) -> Program:
 
     def loss(index, q, kv, limits):
         scores = index_scores(*jax.lax.stop_gradient(index), limits)
-        selection = select(scores, TOPK)
-        o, lse = sparse_mla(q, kv, selection, latent_dim=LATENT, scale=SCALE)
-        kl = sparse_indexer_loss(*index, q, kv, lse, selection, scale=SCALE)
+        selection = select(scores, SIZES.k)
+        o, lse = sparse_mla(q, kv, selection, **HOW)
+        kl = sparse_indexer_loss(*index, q, kv, lse, selection, scale=SIZES.scale)
         return jnp.sum(o.astype(F32)) + jnp.sum(kl)
 
-    width = LATENT + ROPE
-    arrays = (of(BF16, queries, HEADS, width), of(BF16, keys, width))
+    arrays = (of(BF16, queries, SIZES.heads, SIZES.width), of(BF16, keys, SIZES.width))
     tpu = ("index_scores", "topk_threshold", "topk_pack", "sparse_mla", "sparse_mla_backward", "indexer_loss")
     gpu = (
         "index_scores",
@@ -101,19 +97,21 @@ def dense(queries: int, keys: int) -> Program:
 
     def loss(index, q, k, v, limits):
         scores = index_scores(*index, limits)
-        selected = topk_mask(scores, TOPK)
-        o, lse = dense_mla(q, k, v, limits, selected, scale=SCALE)
-        kl = dense_indexer_loss(scores, q, k, lse, limits, selected, scale=SCALE)
+        selected = topk_mask(scores, SIZES.k)
+        o, lse = dense_mla(q, k, v, limits, selected, scale=SIZES.scale)
+        kl = dense_indexer_loss(scores, q, k, lse, limits, selected, scale=SIZES.scale)
         return jnp.sum(o.astype(F32)) + jnp.sum(kl)
 
-    shapes = ((queries, NOPE + ROPE), (keys, NOPE + ROPE), (keys, VALUE))
-    arrays = (of(BF16, DENSE_HEADS, *shape) for shape in shapes)
-    shared = ("index_scores_dq", "index_scores_dk", "dense_mla", "dense_mla_dq", "dense_mla_dkv")
+    width = SIZES.nope + SIZES.rope
+    shapes = ((queries, width), (keys, width), (keys, SIZES.value))
+    arrays = (of(BF16, SIZES.dense_heads, *shape) for shape in shapes)
+    names = ("index_scores_dq", "index_scores_dk", "dense_mla", "dense_mla_dq", "dense_mla_dkv")
+    names = (*names, "dense_indexer_loss_target")
     return Program(
         jax.grad(loss, argnums=(0, 1, 2, 3)),
         (indexer(queries, keys), *arrays, limits(queries, keys)),
-        (*shared, "indexer_loss_target"),
-        (*shared, "dense_indexer_loss_target"),
+        names,
+        names,
     )
 
 
@@ -131,22 +129,21 @@ def decode(keys: int, dtype) -> Program:
     """The next token of several sequences over their pages."""
 
     def next_token(cache, q, index_q, index_w, page_table, number):
-        how = {"k": TOPK, "latent_dim": LATENT, "scale": SCALE}
-        return decode_attention(q, index_q, index_w, cache, page_table, number, **how)
+        return decode_attention(q, index_q, index_w, cache, page_table, number, k=SIZES.k, **HOW)
 
-    pages = keys // PAGE * 4  # most pages are shared, so that the arrays fit any device
-    widths = {"latent_dim": LATENT, "rope_dim": ROPE, "index_dim": INDEX_DIM}
-    cache = jax.eval_shape(lambda: paged.empty(pages, PAGE, **widths, dtype=dtype))
+    pages = keys // SIZES.page * 4  # most pages are shared, so that the arrays fit any device
+    widths = {"latent_dim": SIZES.latent, "rope_dim": SIZES.rope, "index_dim": SIZES.index_dim}
+    cache = jax.eval_shape(lambda: paged.empty(pages, SIZES.page, **widths, dtype=dtype))
 
     def of_each(dtype, *shape):
-        return jax.ShapeDtypeStruct((SEQUENCES, *shape), dtype)
+        return jax.ShapeDtypeStruct((SIZES.sequences, *shape), dtype)
 
     arguments = (
         cache,
-        of_each(BF16, 1, HEADS, LATENT + ROPE),
-        of_each(BF16, 1, INDEX_HEADS, INDEX_DIM),
-        of_each(F32, 1, INDEX_HEADS),
-        of_each(I32, keys // PAGE),
+        of_each(BF16, 1, SIZES.heads, SIZES.width),
+        of_each(BF16, 1, SIZES.index_heads, SIZES.index_dim),
+        of_each(F32, 1, SIZES.index_heads),
+        of_each(I32, keys // SIZES.page),
         of_each(I32, 1),
     )
     names = ("paged_index_scores", "paged_sparse_mla")
@@ -154,10 +151,10 @@ def decode(keys: int, dtype) -> Program:
 
 
 def fp8() -> Program:
-    """The up projection of a dense layer for 4,096 tokens."""
-    tokens, columns = 4096, 18432
-    operands = (((tokens, HIDDEN), E4M3), ((tokens, HIDDEN // 128), F32))
-    weight = (((columns, HIDDEN), E4M3), ((columns // 128, HIDDEN // 128), F32))
+    """The projection of the heads' outputs for 4,096 tokens."""
+    tokens, depth, columns = SIZES.fp8
+    operands = (((tokens, depth), E4M3), ((tokens, depth // 128), F32))
+    weight = (((columns, depth), E4M3), ((columns // 128, depth // 128), F32))
     arguments = tuple(jax.ShapeDtypeStruct(*x) for x in (*operands, *weight))
 
     def product(*operands):
@@ -172,10 +169,11 @@ def experts() -> Program:
     def total(rows, matrices, sizes):
         return jnp.sum(grouped_matmul(rows, matrices, sizes).astype(F32) ** 2)
 
+    rows, depth, columns, groups = SIZES.grouped
     arguments = (
-        jax.ShapeDtypeStruct((ROUTED_ROWS, HIDDEN), BF16),
-        jax.ShapeDtypeStruct((LOCAL_EXPERTS, HIDDEN, EXPERT_WIDTH), BF16),
-        jax.ShapeDtypeStruct((LOCAL_EXPERTS,), I32),
+        jax.ShapeDtypeStruct((rows, depth), BF16),
+        jax.ShapeDtypeStruct((groups, depth, columns), BF16),
+        jax.ShapeDtypeStruct((groups,), I32),
     )
     return Program(
         jax.grad(total, argnums=(0, 1)),

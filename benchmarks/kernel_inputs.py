@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.decode import cache as paged
+from pallas_kernels.decode.api import write
 from pallas_kernels.indexer.api import index_scores
 from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.topk.api import select, topk_indices, topk_mask
@@ -222,7 +223,7 @@ def _fill(sizes: Sizes, cache, table: Array, first: Array):
         jax.random.normal(key, (*number.shape, width), jnp.bfloat16)
         for key, width in zip(keys, (sizes.latent, sizes.rope, sizes.index_dim), strict=True)
     ]
-    return paged.write(cache, table, number, *parts)
+    return write(cache, table, number, *parts)
 
 
 def everything(step: Step) -> Int[Array, "B 1 K"] | UInt32[Array, "B 1 S"]:

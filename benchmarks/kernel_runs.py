@@ -35,7 +35,8 @@ def calls_of(operation: Operation, sizes: Sizes) -> list[Callable[[], Any]]:
 def errors_of(operation: Operation, piece: Sizes, implementation: str) -> dict[str, float]:
     """The greatest of each kind in ``LIMITS`` against the reference, whose products are as exact as they can be.
 
-    ``‖x - y‖ / ‖y‖`` of outputs and gradients; the share of a selection that differs.
+    ``‖x - y‖ / ‖y‖`` of outputs and gradients, of nine queries in ten where an operation selects; the share of a
+    selection that differs.
     """
     ours = _results(operation, piece, implementation)
     with jax.default_matmul_precision("highest"):
@@ -46,7 +47,7 @@ def errors_of(operation: Operation, piece: Sizes, implementation: str) -> dict[s
             if jnp.issubdtype(b.dtype, jnp.integer):
                 of_array = {"selections": float(jnp.mean(a != b))}
             else:
-                of_array = {kind: _middle_error(a, b) if operation.selects else relative_error(a, b)}
+                of_array = {kind: _error_of_most(a, b) if operation.selects else relative_error(a, b)}
             for name, error in of_array.items():
                 errors[name] = float(np.maximum(errors.get(name, 0.0), error))  # NaN stays
     return errors
@@ -68,10 +69,13 @@ def relative_error(a, b) -> float:
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), np.finfo(np.float32).tiny))
 
 
-def _middle_error(a, b) -> float:
-    """The median of the errors of the queries, which the first two axes count."""
+def _error_of_most(a, b) -> float:
+    """What the errors of nine queries in ten do not exceed, which the first two axes count.
+
+    Scores that round differently may select another key, and then a query's output is another one.
+    """
     a, b = (np.asarray(jnp.asarray(x, jnp.float32)).reshape(-1, *x.shape[2:]) for x in (a, b))
-    return float(np.median([relative_error(x, y) for x, y in zip(a, b, strict=True)]))
+    return float(np.quantile([relative_error(x, y) for x, y in zip(a, b, strict=True)], 0.9, method="higher"))
 
 
 def _results(operation: Operation, piece: Sizes, implementation: str) -> dict[str, Any]:

@@ -10,12 +10,18 @@ from pallas_kernels.shapes import Array, Int
 from pallas_kernels.visibility import Visibility
 
 LANES = 128  # of a TPU's registers
+LEAST = 16  # rows or columns of a matrix product on GPUs
 _NONE = jnp.iinfo(jnp.int32)
 
 
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple that is not below ``n``."""
     return -(-n // multiple) * multiple
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is neither below ``n`` nor below ``LEAST``."""
+    return max(LEAST, 1 << (n - 1).bit_length())
 
 
 def pad_axis(x: Array, axis: int, multiple: int) -> Array:
@@ -48,6 +54,13 @@ def live_blocks(visibility: Visibility, query_block: int, key_block: int) -> Int
     first_key = key_block * jnp.arange(key.shape[1], dtype=jnp.int32)
     overlap = (lowest[:, :, None] <= key_highest[:, None]) & (key_lowest[:, None] <= highest[:, :, None])
     return (overlap & (first_key <= last_seen)).astype(jnp.int32)
+
+
+def span(live: Array) -> tuple[Array, Array]:
+    """Of rows [B, I, J] of blocks with anything to do: the first, and the one after the last."""
+    place = jnp.arange(live.shape[2], dtype=jnp.int32)
+    first = jnp.min(jnp.where(live, place, live.shape[2]), axis=-1)
+    return first, jnp.max(jnp.where(live, place + 1, 0), axis=-1)
 
 
 def _range(segment: Int[Array, "B I N"]) -> tuple[Int[Array, "B I"], Int[Array, "B I"]]:

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from pallas_kernels.blocks import power_of_two
 from pallas_kernels.platform import UnsupportedError, debugging
 from pallas_kernels.selection import require_mask
 from pallas_kernels.shapes import Array, Bool, Int, UInt32
-from pallas_kernels.triton import power_of_two
 from pallas_kernels.visibility import Visibility
 
 Named = Mapping[str, tuple[Array, str]]  # an argument's name, and the letters of its axes
@@ -237,6 +237,18 @@ def within(
         return f"{op}: {name}{row} has {number}{twice}, and it should have numbers from {least} to {end - 1}{once}"
 
     return stop_where(wrong, ordered, sentence, numbers)
+
+
+def sizes_within(op: str, sizes: Int[Array, "G"], rows: int) -> Int[Array, "G"]:
+    """The sizes; within ``platform.debug()`` only if none is negative and their sum is at most ``rows``."""
+    if not debugging():
+        return sizes
+    ends = jnp.cumsum(sizes)
+
+    def sentence(group: int, end: int) -> str:
+        return f"{op}: with sizes[{group}] the groups come to {end} rows, and there are {rows}, none of them negative"
+
+    return stop_where((sizes < 0) | (ends > rows), ends, sentence, sizes)
 
 
 def _outside(numbers: Array, least: int, end: int, *, distinct: bool) -> tuple[Bool[Array, "*R K"], Array]:

@@ -1,7 +1,7 @@
 """The one place that knows Pallas's Triton backend, which gathers rows on GPUs as Mosaic GPU does not.
 
-It is deprecated in jax 0.11 and compiles with jax 0.12 still. Dimensions of everything a kernel touches are powers of
-two, of at least 16 where it is multiplied.
+It is deprecated in jax 0.11 and compiles with jax 0.12 still; a jax without it runs everything but kernels for GPUs.
+Dimensions of everything a kernel touches are powers of two, of at least 16 where it is multiplied.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from pallas_kernels.platform import UnsupportedError, gpu_interpreter
 from pallas_kernels.shapes import Array
 
-LEAST = 16  # rows or columns of a matrix product
+
+def _backend():
+    from jax.experimental.pallas import triton
+
+    return triton
 
 
 def call(
@@ -36,9 +39,8 @@ def call(
     for array in (*operands, *out_shape):
         if array.size >= 1 << 31:
             raise UnsupportedError(
-                f"{name}: an array {array.dtype}{list(array.shape)} has more than 2^31 elements, which the GPU kernel "
-                "cannot address: give it a smaller block of queries (model.attention_block_size) or batch, or shard "
-                "the heads over more devices"
+                f"{name}: an array {array.dtype}{list(array.shape)} has 2^31 elements or more, which the GPU kernel "
+                "cannot address: give it fewer queries or sequences at a time, or spread it over more devices"
             )
     with jax.enable_x64(False):  # kernels count in 32 bits, whatever the program around them does
         return pl.pallas_call(
@@ -46,7 +48,7 @@ def call(
             grid=grid,
             out_shape=out_shape,
             input_output_aliases=aliases or {},
-            compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+            compiler_params=_backend().CompilerParams(num_warps=warps, num_stages=stages),
             cost_estimate=cost,
             interpret=gpu_interpreter(),
             name=name,
@@ -56,7 +58,7 @@ def call(
 def add_to_rows(ref, batch: Array, rows: Array, features, values: Array) -> None:
     """Adds ``values`` [K, X] to rows [K] of an array [B, S, X] in memory, atomically; rows may repeat."""
     if not gpu_interpreter():
-        triton.atomic_add(ref, (batch, rows, features), values)
+        _backend().atomic_add(ref, (batch, rows, features), values)
         return
     # The interpreter has no atomic addition to rows, and blocks of threads run one after another in it: what is
     # missing is that of repeated rows every one gives their sum.
@@ -67,7 +69,7 @@ def add_to_rows(ref, batch: Array, rows: Array, features, values: Array) -> None
 def store_where(ref, row: Array, places: Array, values: Array, condition: Array, nowhere: int) -> None:
     """``ref[row, places] = values`` where the condition holds; ``nowhere`` is a place that nobody reads."""
     if not gpu_interpreter():
-        triton.store(ref.at[row, places], values, mask=condition)
+        _backend().store(ref.at[row, places], values, mask=condition)
     else:
         ref[row, jnp.where(condition, places, nowhere)] = values
 
@@ -75,12 +77,7 @@ def store_where(ref, row: Array, places: Array, values: Array, condition: Array,
 def barrier() -> None:
     """What threads of a block wrote before it, all of them see after it."""
     if not gpu_interpreter():
-        triton.debug_barrier()
-
-
-def power_of_two(n: int) -> int:
-    """The smallest that is neither below ``n`` nor below ``LEAST``."""
-    return max(LEAST, 1 << (n - 1).bit_length())
+        _backend().debug_barrier()
 
 
 def parts(width: int) -> list[pl.Slice]:
@@ -91,13 +88,6 @@ def parts(width: int) -> list[pl.Slice]:
         slices.append(pl.ds(start, size))
         start += size
     return slices
-
-
-def span(live: Array) -> tuple[Array, Array]:
-    """Of rows [B, I, J] of blocks with anything to do: the first, and the one after the last."""
-    place = jnp.arange(live.shape[2], dtype=jnp.int32)
-    first = jnp.min(jnp.where(live, place, live.shape[2]), axis=-1)
-    return first, jnp.max(jnp.where(live, place + 1, 0), axis=-1)
 
 
 def exp2(x: Array, scale: float, offset: Array) -> Array:
@@ -124,7 +114,7 @@ def fma(x: Array, factor: Array, total: Array) -> Array:
 
 def _inline(assembly: str, x: Array, *others: Array) -> Array:
     """``assembly`` for each element: $0 from $1, that of ``x``, and $2 and $3, those of two more, all float32."""
-    (result,) = triton.elementwise_inline_asm(
+    (result,) = _backend().elementwise_inline_asm(
         assembly,
         args=[x, *(jnp.broadcast_to(other, x.shape) for other in others)],
         constraints="=f,f,f,f",

@@ -165,10 +165,10 @@ class MultiHeadLatentAttention(nnx.Module):
         return self._select(queries.indexer, latents.index_key, visibility, topk_indices)
 
     def _select(self, index: IndexQuery | None, index_key: Array | None, visibility: Visibility, topk=select):
-        """The selected keys in the form that ``topk`` gives; without an indexer, a list of all visible ones."""
+        """The selected keys in the form that ``topk`` gives; without an indexer all visible ones."""
         if index is None or index_key is None:
-            everything = jnp.arange(visibility.key_segment.shape[1], dtype=jnp.int32)
-            return jnp.where(visibility.mask(), everything, -1)
+            scores = jnp.where(visibility.mask(), 0.0, -jnp.inf)
+            return topk(scores, scores.shape[-1])
         index, index_key = jax.lax.stop_gradient((index, index_key))
         scores = index_scores(index.q, index_key, index.w, visibility)
         return checkpoint_name(topk(scores, min(self.config.index_topk, scores.shape[-1])), SELECTION)

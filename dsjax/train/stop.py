@@ -1,5 +1,6 @@
 """The ways in which a run ends before its last step."""
 
+import itertools
 import os
 import signal
 from types import FrameType
@@ -17,6 +18,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._before = itertools.count()  # in one instruction, between any two of which another signal may come
         self._former: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -29,7 +31,7 @@ class StopSignal:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if next(self._before):
             _say("stopped at once; the last finished checkpoint stands")
             os._exit(128 + number)  # threads that compile or save would keep an ordinary exit waiting
         self.received = signal.Signals(number)

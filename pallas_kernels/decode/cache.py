@@ -22,11 +22,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import LANES, pad_axis, round_up
+from pallas_kernels.blocks import LANES, pad_axis, power_of_two, round_up
 from pallas_kernels.platform import UnsupportedError, choose
 from pallas_kernels.shapes import Array, Float, Int
-from pallas_kernels.sparse_mla.union import halves, paired, upper_half
-from pallas_kernels.triton import power_of_two
+from pallas_kernels.words import halves, paired, upper_half
 
 E4M3 = jnp.float8_e4m3fn
 GROUP = 128  # latents that share a scale
@@ -148,7 +147,7 @@ def _empty_packed(pages: int, page_size: int, latent: int, rope: int, index: int
     )
 
 
-def write(
+def put(
     cache: Cache | PackedCache,
     page_table: Int[Array, "B M"],
     number: Int[Array, "B T"],
@@ -156,37 +155,36 @@ def write(
     k_pe: Float[Array, "B T R"],
     index_key: Float[Array, "B T J"],
 ) -> Cache | PackedCache:
-    """The cache with new tokens in it, quantised where it is e4m3.
-
-    ``number`` is a token's place in its sequence, and -1 for no token: nothing is written for it.
-    """
+    """See ``api.write``."""
     page_size = cache.page_size
     page = jnp.take_along_axis(page_table, jnp.maximum(number, 0) // page_size, axis=1)
     # Negative indices would wrap around: past the end they are out of bounds and dropped.
     page = jnp.where((number >= 0) & (page >= 0), page, cache.index_key.shape[0])
     place = jnp.maximum(number, 0) % page_size
 
-    def put(array: Array, values: Array) -> Array:
+    def with_new(array: Array, values: Array) -> Array:
         values = pad_axis(values, 2, array.shape[2]) if array.ndim == 3 else values
         return array.at[page, place].set(values.astype(array.dtype), mode="drop")
 
     if isinstance(cache, PackedCache):
         rows = _packed_rows(c, k_pe, widths_of(c.shape[-1], k_pe.shape[-1], cache.index_scale is not None))
         if cache.index_scale is None:
-            return PackedCache(put(cache.rows, rows), put(cache.index_key, index_key))
+            return PackedCache(with_new(cache.rows, rows), with_new(cache.index_key, index_key))
         numbers, scale = quantise_index_key(index_key)
-        scales = put(cache.index_scale, scale)
-        return PackedCache(put(cache.rows, rows), put(cache.index_key, numbers), scales)
+        scales = with_new(cache.index_scale, scale)
+        return PackedCache(with_new(cache.rows, rows), with_new(cache.index_key, numbers), scales)
     if cache.latent_scale is None or cache.index_scale is None:
-        return Cache(put(cache.latent, c), put(cache.rope, k_pe), put(cache.index_key, index_key))
+        return Cache(
+            with_new(cache.latent, c), with_new(cache.rope, k_pe), with_new(cache.index_key, index_key)
+        )
     latent, latent_scale = quantise_latent(pad_axis(c, -1, cache.latent.shape[-1]))
     numbers, scale = quantise_index_key(index_key)
     return Cache(
-        put(cache.latent, latent),
-        put(cache.rope, k_pe),
-        put(cache.index_key, numbers),
-        put(cache.latent_scale, latent_scale),
-        put(cache.index_scale, scale),
+        with_new(cache.latent, latent),
+        with_new(cache.rope, k_pe),
+        with_new(cache.index_key, numbers),
+        with_new(cache.latent_scale, latent_scale),
+        with_new(cache.index_scale, scale),
     )
 
 

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.blocks import pad_axis, round_up
-from pallas_kernels.decode.cache import GROUP, Cache, readable, rows_of
+from pallas_kernels.blocks import pad_axis, power_of_two, round_up
+from pallas_kernels.decode.cache import E4M3, GROUP, Cache, readable, rows_of
 from pallas_kernels.decode.reference import combine
 from pallas_kernels.selection import in_tiles, require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import LOG2_E, LOW
 from pallas_kernels.sparse_mla.gpu import KEYS, tiles_of
-from pallas_kernels.triton import call, dot, power_of_two
+from pallas_kernels.triton import call, dot
 
 _HEADS = 64  # of a block, at most
 _BLOCKS = 132  # of attention: one for each multiprocessor of an H100
@@ -45,7 +45,7 @@ def paged_index_scores(
     tiles = round_up(tiles, of_span)
     heads = power_of_two(q.shape[2])
     q = pad_axis(pad_axis(q, 3, width), 2, heads)
-    if cache.index_scale is not None:
+    if E4M3 in (q.dtype, cache.index_key.dtype):
         q = q.astype(jnp.bfloat16)
     w = pad_axis(w.astype(jnp.float32), 2, heads)
     scales = [] if cache.index_scale is None else [cache.index_scale.reshape(-1)]

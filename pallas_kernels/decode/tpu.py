@@ -25,8 +25,9 @@ from pallas_kernels.platform import UnsupportedError, tpu_interpreter
 from pallas_kernels.selection import BITS, require_mask
 from pallas_kernels.shapes import Array, Float, Int, UInt32
 from pallas_kernels.softmax import LOG2_E, LOW
-from pallas_kernels.sparse_mla.union import KEYS, compiler_params, upper_half, wait_for_rows
+from pallas_kernels.sparse_mla.union import KEYS, compiler_params, wait_for_rows
 from pallas_kernels.topk.tpu import topk_mask
+from pallas_kernels.words import upper_half
 
 _SUBLANES = 16  # rows of a register of bfloat16
 _TILE, _CHUNK = 1024, 256  # keys that are copied at a time, and multiplied

@@ -20,13 +20,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from pallas_kernels.blocks import pad_axis
+from pallas_kernels.blocks import LEAST, pad_axis, power_of_two, span
 from pallas_kernels.platform import UnsupportedError
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import BITS, pack_mask, require_mask
 from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
 from pallas_kernels.softmax import LOG2_E, LOW, output_delta, to_base_2
-from pallas_kernels.triton import LEAST, call, dot, exp2, parts, power_of_two, span
+from pallas_kernels.triton import call, dot, exp2, parts
 from pallas_kernels.visibility import Visibility
 
 # Rows of a tile and what they walk through, at most, for heads that are at most so wide: the sums for dk and dv of 128

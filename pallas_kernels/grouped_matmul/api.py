@@ -22,10 +22,11 @@ def grouped_matmul(
 ) -> Float[Array, "M N"]:
     """``y[m] = rows[m] · matrices[g]`` for the ``sizes[g]`` rows m of group g; groups lie one behind the other.
 
-    Rows behind the last group give zeros. The cost is that of the rows, M · K · N, however they are spread over the
-    groups; ``jax.lax.ragged_dot``, whose contract this is, costs G times that on CPU and GPU, and on TPU in the
-    gradient of the matrices. ``rows`` and ``matrices`` are both bfloat16 or float32, accumulation is in float32,
-    rounded once to ``out_dtype``, which is that of the rows where it is None. Differentiable in both.
+    Rows behind the last group give zeros; sizes must not add up to more than M (``platform.debug`` looks). The cost is
+    that of the rows, M · K · N, however they are spread over the groups; ``jax.lax.ragged_dot``, whose contract this
+    is, costs G times that on CPU and GPU, and on TPU in the gradient of the matrices. ``rows`` and ``matrices`` are
+    both bfloat16 or float32, accumulation is in float32, rounded once to ``out_dtype``, which is that of the rows where
+    it is None. Differentiable in both.
 
     Raises UnsupportedError for other dtypes, and for sizes that do not fit one another.
     """
@@ -33,7 +34,8 @@ def grouped_matmul(
     available = {"reference": reference, "tpu": tpu, "gpu": gpu}
     kernels = choose("grouped_matmul", implementation, available)  # type: ignore[arg-type]
     dtype = checks.result_dtype("grouped_matmul", rows.dtype if out_dtype is None else out_dtype)
-    return _product(kernels, dtype, rows, matrices, jnp.asarray(sizes))  # type: ignore[arg-type]
+    sizes = checks.sizes_within("grouped_matmul", jnp.asarray(sizes), rows.shape[0])
+    return _product(kernels, dtype, rows, matrices, sizes)  # type: ignore[arg-type]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

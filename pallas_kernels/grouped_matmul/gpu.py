@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.blocks import pad_axis
+from pallas_kernels.blocks import pad_axis, power_of_two
 from pallas_kernels.platform import UnsupportedError
 from pallas_kernels.shapes import Array, Float, Int
-from pallas_kernels.triton import call, dot, power_of_two
+from pallas_kernels.triton import call, dot
 
 _ROWS, _COLUMNS, _DEPTH = 128, 128, 64  # of a tile, at most
 
@@ -69,12 +69,12 @@ def outer_product(
     depth, columns = rows.shape[1], d_y.shape[1]
     tile = min(_ROWS, power_of_two(depth)), min(_COLUMNS, power_of_two(columns)), _DEPTH
     rows, d_y = pad_axis(rows, 1, tile[0]), pad_axis(d_y, 1, tile[1])
-    end = jnp.cumsum(sizes)
+    end = _ends(sizes, rows.shape[0])
     shape = jax.ShapeDtypeStruct((sizes.shape[0], rows.shape[1], d_y.shape[1]), out_dtype)
     _refuse_large(shape)
     (out,) = call(
         functools.partial(_outer_kernel, tile=tile),
-        [rows, d_y, end - sizes, end],
+        [rows, d_y, jnp.append(0, end[:-1]).astype(end.dtype), end],
         name="grouped_outer_product",
         grid=(shape.shape[1] // tile[0], shape.shape[2] // tile[1], sizes.shape[0]),
         out_shape=[shape],
@@ -83,6 +83,11 @@ def outer_product(
         cost=_cost(rows.shape[0], rows.shape[1], d_y.shape[1]),
     )
     return out[:, :depth, :columns]
+
+
+def _ends(sizes: Int[Array, "G"], rows: int) -> Int[Array, "G"]:
+    """Where each group ends: never past the rows, whatever the sizes say."""
+    return jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), rows)
 
 
 def _refuse_large(matrices: Array | jax.ShapeDtypeStruct) -> None:
@@ -103,8 +108,9 @@ def _cost(rows: int, depth: int, columns: int) -> pl.CostEstimate:
 def _tiles(rows: int, sizes: Int[Array, "G"], tile: int, steps: int) -> _Tiles:
     """As many as the least favourable sizes need; those that are left over have no rows."""
     groups = sizes.shape[0]
-    sizes = jnp.append(sizes, rows - jnp.sum(sizes, dtype=sizes.dtype))
-    end, last_tile = jnp.cumsum(sizes), jnp.cumsum((sizes + tile - 1) // tile)
+    end = jnp.append(_ends(sizes, rows), rows)
+    sizes = jnp.diff(end, prepend=0)
+    last_tile = jnp.cumsum((sizes + tile - 1) // tile)
     place = jnp.arange(rows // tile + groups + 1, dtype=jnp.int32)
     group = jnp.minimum(jnp.searchsorted(last_tile, place, side="right"), groups).astype(jnp.int32)
     before = last_tile[group] - (sizes[group] + tile - 1) // tile

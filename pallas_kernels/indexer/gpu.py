@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.blocks import live_blocks, pad_axis, pad_visibility
+from pallas_kernels.blocks import live_blocks, pad_axis, pad_visibility, power_of_two, span
 from pallas_kernels.shapes import Array, Float, Int
-from pallas_kernels.triton import call, dot, fma, power_of_two, span
+from pallas_kernels.triton import call, dot, fma
 from pallas_kernels.visibility import Visibility
 
 _TILE = 128, 128  # queries × keys, at most

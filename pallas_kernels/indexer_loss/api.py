@@ -62,7 +62,8 @@ def sparse_indexer_loss(
     """The same over selected keys only, with the attention of ``sparse_mla`` from the same selection.
 
     The index scores are those of ``index_scores``, computed for the selected pairs alone: the gradient reaches
-    ``index_q``, ``index_k`` and ``index_w``, and costs nothing for keys that nobody selected.
+    ``index_q``, ``index_k`` and ``index_w``, and costs nothing for keys that nobody selected. TPUs multiply in
+    bfloat16 whatever the dtype.
 
     Raises UnsupportedError for arguments that do not fit.
     """

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.blocks import pad_axis
+from pallas_kernels.blocks import pad_axis, power_of_two
 from pallas_kernels.indexer_loss.reference import kl_rows
 from pallas_kernels.selection import require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import LOG2_E, LOW, to_base_2
 from pallas_kernels.sparse_mla.gpu import KEYS, Padded, pad, pad_heads, query_of, tile_of, tiles_of
-from pallas_kernels.triton import add_to_rows, call, dot, exp2, power_of_two
+from pallas_kernels.triton import add_to_rows, call, dot, exp2
 
 _HEADS, _FEATURES = 128, 64  # at a time
 

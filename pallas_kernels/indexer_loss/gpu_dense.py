@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.blocks import pad_axis
+from pallas_kernels.blocks import LEAST, pad_axis
 from pallas_kernels.dense_mla.gpu import attended_words, belongs, rows_of_queries, tile_sizes
 from pallas_kernels.indexer_loss.reference import kl_rows
 from pallas_kernels.selection import unpack_mask
 from pallas_kernels.shapes import Array, Float, UInt32
 from pallas_kernels.softmax import LOG2_E, to_base_2
-from pallas_kernels.triton import LEAST, call, dot, exp2
+from pallas_kernels.triton import call, dot, exp2
 from pallas_kernels.visibility import Visibility
 
 _TILE = 128, 128  # large: every head reads its queries and keys once for each

@@ -27,6 +27,7 @@ from pallas_kernels.sparse_mla.union import (
     Gather,
     Scatter,
     Sizes,
+    chunk_of,
     compiler_params,
     cost,
     over_tiles,
@@ -39,7 +40,6 @@ from pallas_kernels.sparse_mla.union import (
     unpack,
 )
 
-_COLUMNS = 512  # (head, query) pairs worked on at a time
 _ROWS = 8  # of statistics, one register deep
 
 
@@ -208,7 +208,7 @@ def _is_member(words):
 
 def _for_each_chunk(columns: int, visit) -> None:
     """``visit(columns, [the rows of lanes in them])`` over all columns."""
-    size = min(_COLUMNS, columns)
+    size = chunk_of(columns)
 
     def step(c, _):
         visit(pl.ds(pl.multiple_of(c * size, size), size), range(0, size, LANES))

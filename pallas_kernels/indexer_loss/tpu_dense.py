@@ -59,7 +59,7 @@ def _target(q, k, lse, visibility, selected, scale) -> Float[Array, "B T S"]:
         [Operand(jax.ShapeDtypeStruct(shape, jnp.float32), (1, *tile), lambda b, h, i, j: (b, i, j))],
         pad_visibility(visibility, *tile),
         tile,
-        name="indexer_loss_target",
+        name="dense_indexer_loss_target",
         heads=heads,
         inner="head",
         cost=pl.CostEstimate(

@@ -21,7 +21,7 @@ def sparse_mla(
     The selection is a list or a packed mask, as ``topk.select`` gives it: the reference and the GPU read lists,
     the TPU masks. Indices must not repeat within a row (``platform.debug`` looks). A query that selected nothing gets
     o = 0 and lse = -inf. Only selected pairs are computed, or little more. Returns o in the dtype of ``kv`` and the
-    float32 log-sum-exp; differentiable in ``q`` and ``kv``.
+    float32 log-sum-exp; differentiable in ``q`` and ``kv``. TPUs multiply in bfloat16 whatever the dtype.
 
     Raises UnsupportedError for arguments that do not fit.
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
-from pallas_kernels.blocks import pad_axis
+from pallas_kernels.blocks import pad_axis, power_of_two
 from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import in_tiles, require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import LOG2_E, LOW, output_delta, to_base_2
-from pallas_kernels.triton import add_to_rows, call, dot, exp2, power_of_two
+from pallas_kernels.triton import add_to_rows, call, dot, exp2
 
 KEYS = 64  # of a tile
 _FORWARD_HEADS, _BACKWARD_HEADS = 64, 128  # of a block, at most

@@ -20,9 +20,10 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.blocks import LANES, pad_axis, round_up
 from pallas_kernels.selection import BITS, require_mask
 from pallas_kernels.shapes import Array, Bool, Float, Int, UInt32
+from pallas_kernels.words import halves, paired, upper_half
 
 KEYS = 512  # of a tile
-COLUMNS = 512  # (query, head) pairs that are attended at a time
+COLUMNS = 512  # (query, head) pairs that are worked on at a time, at most
 Ref = Any  # a piece of some memory, as a kernel sees it
 _VMEM_BYTES = 60 << 20
 
@@ -51,12 +52,17 @@ class Sizes(NamedTuple):
     @property
     def chunk(self) -> int:
         """Those worked on at a time."""
-        return min(COLUMNS, self.columns)
+        return chunk_of(self.columns)
 
     @property
     def row_words(self) -> int:
         """Of a key in memory."""
         return round_up(self.latent // 2 + self.rope + self.index_width // 2 + self.blocks, LANES)
+
+
+def chunk_of(columns: int) -> int:
+    """Whole rows of lanes that divide all columns, at most COLUMNS of them."""
+    return next(n for n in range(COLUMNS, 0, -LANES) if columns % n == 0)
 
 
 class Operands(NamedTuple):
@@ -111,17 +117,6 @@ def _rows(kv: Array, index_k: Array | None, selected: Array, sizes: Sizes) -> In
     if index_k is not None:
         words.insert(2, paired(index_k))
     return pad_axis(jax.lax.bitcast_convert_type(jnp.concatenate(words, axis=-1), jnp.int32), 2, LANES)
-
-
-def halves(x: Array) -> UInt32[Array, "B S X"]:
-    """The bits of bfloat16 numbers, in the lower halves of words."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
-
-
-def paired(x: Array) -> UInt32[Array, "B S X/2"]:
-    """Each word holds a number of the first half of the features below one of the second."""
-    low, high = jnp.split(halves(x), 2, axis=-1)
-    return low | (high << 16)
 
 
 def _union(selected: UInt32[Array, "B W S"]) -> Int[Array, "B W 1 S/32"]:
@@ -273,11 +268,6 @@ def unpack(
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, rest.shape[1]), 1)
     own = lane == sizes.rope + sizes.index_width // 2 + block
     words[...] = jnp.sum(jnp.where(own, rest, 0), axis=1, keepdims=True)
-
-
-def upper_half(words: Int[Array, "K X"]) -> Float[Array, "K X"]:
-    """The bfloat16 numbers in the upper halves of words."""
-    return jax.lax.bitcast_convert_type(words & jnp.int32(-65536), jnp.float32).astype(jnp.bfloat16)
 
 
 def union_spec(sizes: Sizes, block=lambda b, i: (b, i)) -> pl.BlockSpec:

@@ -14,8 +14,8 @@ def topk_indices(
     """The keys with the ``k`` highest scores of each query, as a list (``selection``): ascending, -1 behind.
 
     A score of -inf is no key: a query that sees fewer than k keys selects them all. Equal scores (0.0 and -0.0
-    are equal) are taken in order of index, so every platform selects the same. Scores must not be NaN. Not
-    differentiable: selection has no gradient.
+    are equal) are taken in order of index, so every platform selects the same. Scores must not be NaN, and are
+    compared as float32, whatever their dtype. Not differentiable: selection has no gradient.
 
     Raises UnsupportedError for arguments that do not fit.
 

@@ -173,7 +173,8 @@ def test_a_second_process_is_refused_and_a_second_signal_ends_the_first_at_once(
     time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    # On a busy machine both are handled together, in either order.
+    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT), output
     assert "stopped at once" in output
     assert "Traceback" not in output
     assert saved_steps(tmp_path)

@@ -4,14 +4,15 @@ import pytest
 
 from pallas_kernels.platform import interpreted
 
-RACES = "tpu, races looked for"
+RACES, TWO_CORES = "tpu, races looked for", "tpu, two cores"
 
 
 @pytest.fixture
 def implementation(request, capfd):
     """Name of the implementation under test, whose kernels run interpreted: ``@pytest.mark.parametrize`` it.
 
-    "tpu, races looked for" is "tpu", and fails where a copy races with a read or a write.
+    "tpu, races looked for" is "tpu", and fails where a copy races with a read or a write; "tpu, two cores" is as on a
+    v5p.
     """
     if request.param == "reference":
         yield request.param
@@ -20,6 +21,9 @@ def implementation(request, capfd):
             yield "tpu"
         # jax 0.10 prints what jax 0.12 raises.
         assert "RACE DETECTED" not in capfd.readouterr().out
+    elif request.param == TWO_CORES:
+        with interpreted("tpu", cores=2):
+            yield "tpu"
     else:
         with interpreted(request.param):
             yield request.param

@@ -7,9 +7,10 @@ import pytest
 from numerics import normal
 from refusals import a, refused
 
-from pallas_kernels.decode.api import paged_index_scores, paged_sparse_mla
+from pallas_kernels.decode.api import paged_index_scores, paged_sparse_mla, write
 from pallas_kernels.decode.cache import empty
 from pallas_kernels.expert_mlp.api import expert_mlp
+from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.indexer.api import index_scores
 from pallas_kernels.platform import UnsupportedError, debug, interpreted
 from pallas_kernels.selection import pack_mask
@@ -270,6 +271,17 @@ def test_debug_mode_names_the_expert():
     stops(expert_mlp, sentence, x, experts, weights, *matrices, in_jit=True)
 
 
+def test_debug_mode_names_the_group():
+    rows, matrices = jnp.ones((10, 4)), jnp.ones((3, 4, 5))
+    for sizes, sentence in (
+        ([5, 4, 2], r"grouped_matmul: with sizes\[2\] the groups come to 11 rows, and there are 10"),
+        ([5, -1, 2], r"grouped_matmul: with sizes\[1\] the groups come to 4 rows"),
+    ):
+        stops(grouped_matmul, sentence, rows, matrices, np.array(sizes, np.int32))
+    with debug():
+        assert grouped_matmul(rows, matrices, np.array([5, 0, 5], np.int32)).shape == (10, 5)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 def test_debug_mode_names_the_page(implementation):
     """Entries that nobody reads may hold anything."""
@@ -282,13 +294,17 @@ def test_debug_mode_names_the_page(implementation):
     selection = pack_mask(jnp.asarray(mask)) if implementation == "tpu" else indices
     attended = jnp.ones((2, 1, H, C + R), jnp.bfloat16), cache
     how = {"latent_dim": C, "scale": 0.1, **options}
-    with debug():
-        jax.eval_shape(lambda: paged_index_scores(*scored, table, number, **options))
-        jax.eval_shape(lambda: paged_sparse_mla(*attended, table, selection, **how))
+    new = [jnp.ones((2, 1, width), jnp.bfloat16) for width in (C, R, J)]
+    with debug():  # with numbers that are known, so that they are looked at
+        assert paged_index_scores(*scored, table, number, **options).shape == (2, 1, 96)
+        assert paged_sparse_mla(*attended, table, selection, **how)[0].shape == (2, 1, H, C)
+        assert write(cache, table, number, *new).page_size == 32
     sentence = r"paged_index_scores: number\[0\] has 96, and it should have numbers from -1 to 95"
     stops(paged_index_scores, sentence, *scored, table, np.array([[96], [-1]], np.int32), **options)
+    stops(write, r"write: number\[0\] has 96, and it", cache, table, np.array([[96], [-1]], np.int32), *new)
     for page in (-1, 4):
         table[0, 1] = page
+        stops(write, rf"write: page_table\[0, 1\] is {page} and in use", cache, table, number, *new)
         sentence = rf"\w+: page_table\[0, 1\] is {page} and in use, and pages are from 0 to 3"
         stops(paged_index_scores, sentence, *scored, table, number, **options)
         stops(paged_sparse_mla, sentence, *attended, table, selection, **how)

@@ -13,7 +13,7 @@ from numerics import normal, quick_jit, relative
 from visible import everyone, packed, softmax
 
 from pallas_kernels.decode import cache as paged
-from pallas_kernels.decode.api import decode_attention, paged_index_scores, paged_sparse_mla
+from pallas_kernels.decode.api import decode_attention, paged_index_scores, paged_sparse_mla, write
 from pallas_kernels.decode.listing import entries_shape, list_set, rows_at_a_time
 from pallas_kernels.indexer.api import index_scores
 from pallas_kernels.platform import UnsupportedError, interpreted
@@ -28,7 +28,7 @@ LENGTHS = (0, 1, 37, 150, 128)  # nothing, one token, off the page, several page
 scores_of = quick_jit(paged_index_scores, static_argnames="implementation")
 attend = quick_jit(paged_sparse_mla, static_argnames=("latent_dim", "scale", "implementation"))
 decode = quick_jit(decode_attention, static_argnames=("k", "latent_dim", "scale", "implementation"))
-write = quick_jit(paged.write)
+insert = quick_jit(write)
 unpaged_scores = quick_jit(functools.partial(index_scores, implementation="reference"))
 unpaged_attend = quick_jit(
     functools.partial(sparse_mla, latent_dim=LATENT, scale=SCALE, implementation="reference")
@@ -92,12 +92,12 @@ class Case:
         first = np.maximum(self.lengths - 2, 0)
         number = np.broadcast_to(np.arange(self.keys, dtype=np.int32), (len(self.lengths), self.keys))
         rows = self.c, self.k_pe, self.index_key
-        cache = write(cache, self.table, np.where(number < first[:, None], number, -1), *rows)
+        cache = insert(cache, self.table, np.where(number < first[:, None], number, -1), *rows)
         for step in range(2):
             place = first + step
             number = np.where(place < self.lengths, place, -1).astype(np.int32)[:, None]
             new = (x[np.arange(len(x)), np.minimum(place, self.keys - 1)][:, None] for x in rows)
-            cache = write(cache, self.table, number, *new)
+            cache = insert(cache, self.table, number, *new)
         return cache
 
     @property
@@ -198,9 +198,10 @@ def test_scores(implementation, dtype, queries):
 
 
 @on_every_platform
-def test_queries_in_e4m3_are_scored_exactly(implementation):
-    """Their scale is in the weights."""
-    case = Case(implementation, paged.E4M3, 2)
+@in_both_precisions
+def test_queries_in_e4m3_are_scored_exactly(implementation, dtype):
+    """Their scale is in the weights; whatever the cache holds."""
+    case = Case(implementation, dtype, 2)
     codes, scale = quantised(np.asarray(case.index_q, np.float64))
     case.index_q = jnp.asarray(dequantised(codes, np.ones_like(scale)), paged.E4M3)
     case.index_w = case.index_w * scale[..., 0]

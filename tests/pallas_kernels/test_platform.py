@@ -77,3 +77,39 @@ def test_a_program_traced_before_is_traced_again_for_another_platform():
     with interpreted("tpu"):
         assert platform_is_tpu(0) == 1
     assert platform_is_tpu(0) == 0
+
+
+class Device:
+    """What jax says of a device that is not here."""
+
+    def __init__(self, kind: str):
+        self.device_kind = kind
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "fits"),
+    [
+        ("gpu", "NVIDIA H100 80GB HBM3", True),
+        ("gpu", "NVIDIA H200", True),
+        ("gpu", "NVIDIA A100-SXM4-80GB", False),
+        ("gpu", "NVIDIA B200", False),
+        ("gpu", "AMD Instinct MI300X", False),
+        ("tpu", "TPU v4", False),
+        ("tpu", "TPU v5p", True),
+        ("tpu", "TPU v6 lite", True),
+        ("tpu", "TPU7x", True),
+    ],
+)
+def test_a_device_that_the_kernels_are_not_made_for(monkeypatch, platform, kind, fits):
+    """It runs the reference, or says why it does not run what was named."""
+    functions = {"reference": lambda: "reference", "gpu": lambda: "gpu", "tpu": lambda: "tpu"}
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "devices", lambda: [Device(kind)])
+    assert choose("op", None, functions)() == (platform if fits else "reference")
+    if fits:
+        assert choose("op", platform, functions)() == platform
+    else:
+        with pytest.raises(
+            UnsupportedError, match=rf"op: the implementation '{platform}' .*{kind}.*use None"
+        ):
+            choose("op", platform, functions)

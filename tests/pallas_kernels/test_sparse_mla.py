@@ -113,9 +113,14 @@ CASES = {
     "one query": lambda **how: Case(random_mask(3, (2, 1, 50), 7), 5, 24, 8, **how),
     "every key": lambda **how: Case(np.ones((1, 33, 45), bool), 3, 24, 8, **how),
     "equal scores": lambda **how: Case(random_mask(2, (2, 35, 60), 20), 3, 24, 8, size=0.0, **how),
+    # More columns than the TPU works on at a time, and no multiple of them.
+    "twenty heads": lambda **how: Case(random_mask(10, (1, 33, 60), 12), 20, 24, 8, **how),
+    # As released: several groups of heads and chunks of features on every platform.
+    "128 heads": lambda **how: Case(random_mask(11, (1, 9, 70), 30), 128, 512, 64, **how),
     "8192 keys": lambda **how: Case(neighbours((1, 20, 8192), 150), 4, 24, 8, **how),
 }
 on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
+on_gpu_too = pytest.mark.parametrize("implementation", ["reference", "gpu"], indirect=True)
 
 
 @on_every_platform
@@ -155,6 +160,17 @@ def test_copies_are_waited_for(implementation):
         assert relative(gradient, expected) < 1e-2
 
 
+@pytest.mark.parametrize("implementation", ["tpu, two cores"], indirect=True)
+@pytest.mark.parametrize("queries", [20, 70])
+def test_two_cores_add_up(implementation, queries):
+    """Each has blocks of queries of its own, or one has none, and both add to the same keys."""
+    case = Case(random_mask(12, (2, queries, 60), 20), 3, 24, 8, dtype=jnp.bfloat16)
+    for gradient, expected in zip(
+        case.run_backward(implementation), case.gradients(*case.exact()), strict=True
+    ):
+        assert relative(gradient, expected) < 1e-2
+
+
 @on_every_platform
 def test_nobody_selects_anything(implementation):
     case = Case(np.zeros((2, 37, 90), bool), 3, 24, 8, dtype=jnp.bfloat16)
@@ -164,11 +180,12 @@ def test_nobody_selects_anything(implementation):
     assert all(not np.any(np.asarray(g, np.float32)) for g in case.run_backward(implementation))
 
 
+@on_gpu_too
 @pytest.mark.parametrize("size", [1.0, 300.0])
-def test_float32(size):
+def test_float32(implementation, size):
     """Also where scores reach thousands, whose exponentials no float holds; keys in no order, -1 anywhere."""
     case = CASES["lengths off the tile"](size=size)
-    o, lse = case.run("reference", shuffled=True)
+    o, lse = case.run(implementation, shuffled=True)
     expected_o, expected_lse, _ = case.forward(*case.exact())
     assert (o.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     assert relative(o, expected_o) < 1e-6 * max(1, size / 10)
@@ -176,23 +193,25 @@ def test_float32(size):
     assert not np.any(np.asarray(o)[0, 5])
 
 
-def test_more_places_than_keys():
+@on_gpu_too
+def test_more_places_than_keys(implementation):
     """A list longer than there are keys: every key once, -1 behind."""
     case = CASES["every key"]()
-    o, lse = case.run("reference", places=75)
+    o, lse = case.run(implementation, places=75)
     expected_o, expected_lse, _ = case.forward(*case.exact())
     assert relative(o, expected_o) < 1e-6
     assert relative(lse, expected_lse) < 1e-6
 
 
-def test_float32_gradients():
+@on_gpu_too
+def test_float32_gradients(implementation):
     """Many queries share a key, and key 0 gets nothing from the places that hold -1."""
     case = CASES["lengths off the tile"]()
-    gradients = case.run_backward("reference", shuffled=True)
+    gradients = case.run_backward(implementation, shuffled=True)
     assert_gradients(gradients, case.total, (case.q, case.kv))
     assert_gradients(case.gradients(*case.exact()), case.total, (case.q, case.kv))
     case.mask[..., 0] = False
-    d_kv = case.run_backward("reference")[1]
+    d_kv = case.run_backward(implementation)[1]
     assert not np.any(np.asarray(d_kv)[:, 0])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from refusals import a, refused
 
-from pallas_kernels.decode.api import decode_attention, paged_index_scores, paged_sparse_mla
+from pallas_kernels.decode.api import decode_attention, paged_index_scores, paged_sparse_mla, write
 from pallas_kernels.decode.cache import empty
 from pallas_kernels.dense_mla.api import dense_mla
 from pallas_kernels.expert_mlp.api import expert_mlp
@@ -35,6 +35,7 @@ PAGED = {"page_table": a("int32", B, TABLE), "number": a("int32", B, 2)}
 PAGED_SCORES = {"q": a("bfloat16", B, 2, N, J), "w": a("float32", B, 2, N), **PAGED}
 PAGED_ATTENTION = {"q": a("bfloat16", B, 2, H, C + R), "page_table": PAGED["page_table"]}
 DECODE = {"index_q": PAGED_SCORES["q"], "index_w": PAGED_SCORES["w"], **PAGED_ATTENTION, **PAGED}
+NEW = {"c": a("bfloat16", B, 2, C), "k_pe": a("bfloat16", B, 2, R), "index_key": a("bfloat16", B, 2, J)}
 FITS = {
     "dense_mla": (dense_mla, {**MHA, "v": a("bfloat16", B, H, S, C), "visibility": LIMITS, "selected": MASK, **SCALE}),
     "dense_indexer_loss": (
@@ -56,6 +57,7 @@ FITS = {
     "paged_index_scores": (paged_index_scores, PAGED_SCORES),
     "paged_sparse_mla": (paged_sparse_mla, {**PAGED_ATTENTION, "latent_dim": C, **SCALE}),
     "decode_attention": (decode_attention, {**DECODE, "k": 9, "latent_dim": C, **SCALE}),
+    "write": (write, {**PAGED, **NEW}),
 }  # fmt: skip
 WHOLE, FLOAT = "a whole number, known when the program is made", "a number, known when the program is made"
 WRONG_CALLS = [
@@ -128,6 +130,11 @@ WRONG_CALLS = [
     ("paged_sparse_mla", {"scale": float("inf")}, r"scale is inf, and it should be finite"),
     ("paged_sparse_mla", {"selection": a("int32", 1, 2, 9)}, r"selection is int32\[1, 2, 9\].*in a batch of 2"),
     ("paged_sparse_mla", {"selection": a("uint32", B, 1, 191)}, r".*packed mask, uint32\[B, 1, 192\]"),
+    ("write", {"number": a("int32", B, 1)}, r"c is bfloat16\[2, 2, 24\].*T = 1 as in number"),
+    ("write", {"number": a("int64", B, 2)}, r"number is int64\[2, 2\], and it should be int32"),
+    ("write", {"k_pe": a("bfloat16", B, 2)}, r"k_pe is bfloat16\[2, 2\], and it should be \[B, T, O\]"),
+    ("write", {"c": a("bfloat16", B, 2, 600)}, r"(the latent is 600 wide|rows of the cache have \d+ words)"),
+    ("write", {"index_key": a("bfloat16", B, 2, 200)}, r"index_key is 200 wide, and the cache holds"),
     ("decode_attention", {"k": 0}, r"k is 0, and it should be at least 1"),
     ("decode_attention", {"index_w": a("float32", B, 2, 1)}, r"index_w is float32\[2, 2, 1\].*N = 5 as in index_q"),
     ("decode_attention", {"q": a("bfloat16", B, 1, H, C + R)}, r"index_q is .*T = 1 as in q"),
@@ -137,13 +144,13 @@ WRONG_CALLS = [
 def arguments_of(name: str, implementation: str, changes: dict):
     """The operation, and arrays and options with the changes."""
     op, arguments = FITS[name]
-    if op in (paged_index_scores, paged_sparse_mla, decode_attention):
+    if op in (paged_index_scores, paged_sparse_mla, decode_attention, write):
         arguments = arguments | {"cache": cache_of(implementation)}
     if op in (sparse_indexer_loss, sparse_mla, paged_sparse_mla):
         queries, keys = (2, TABLE * PAGE) if op is paged_sparse_mla else (T, S)
         mask, indices = a("uint32", B, -(-queries // 32), keys), a("int32", B, queries, K)
         arguments = arguments | {"selection": mask if implementation == "tpu" else indices}
-    arguments = arguments | changes
+    arguments = arguments | changes | ({} if op is write else {"implementation": implementation})
     leaves = {name: jax.tree.leaves(x) for name, x in arguments.items()}
     arrays = {
         n: x for n, x in arguments.items() if leaves[n] and isinstance(leaves[n][0], jax.ShapeDtypeStruct)
@@ -160,7 +167,7 @@ def cache_of(implementation: str, **widths):
 @pytest.mark.parametrize(("name", "changes", "sentence"), WRONG_CALLS)
 def test_wrong_calls(implementation, name, changes, sentence):
     op, arrays, options = arguments_of(name, implementation, changes)
-    refused(op, arrays, sentence, **options, implementation=implementation)
+    refused(op, arrays, sentence, **options)
 
 
 @on_every_platform
@@ -183,7 +190,7 @@ def test_a_mask_is_no_visibility(implementation, op):
 def test_programs_may_count_in_64_bits(implementation, name):
     op, arrays, options = arguments_of(name, implementation, {})
     with jax.enable_x64():
-        found = jax.eval_shape(lambda x: op(**x, **options, implementation=implementation), arrays)
+        found = jax.eval_shape(lambda x: op(**x, **options), arrays)
     assert {x.dtype.itemsize for x in jax.tree.leaves(found)} <= {2, 4}
 
 
@@ -197,7 +204,7 @@ def test_numbers_may_be_of_any_kind(implementation, name, number):
     numbers = {"scale": number(0.1)} | ({"latent_dim": np.int64(C)} if "sparse_mla" in name else {})
     op, arrays, options = arguments_of(name, implementation, numbers)
     with jax.enable_x64():
-        found = jax.eval_shape(lambda x: op(**x, **options, implementation=implementation), arrays)
+        found = jax.eval_shape(lambda x: op(**x, **options), arrays)
     assert jax.tree.leaves(found)[-1].dtype == jnp.float32
 
 
@@ -206,7 +213,7 @@ def test_a_cache_that_does_not_fit(implementation):
     options = {"latent_dim": C, "scale": 1.0, "implementation": implementation}
     _, arrays, _ = arguments_of("paged_sparse_mla", implementation, {})
     for widths in ({"latent_dim": 600}, {"rope_dim": 200}):
-        sentence = r"(rows of the cache have \d+ words|the (latent|rotary) part of q is \d+ wide)"
+        sentence = r"(rows of the cache have \d+ words|the (latent|rotary part) is \d+ wide)"
         refused(paged_sparse_mla, arrays | {"cache": cache_of(implementation, **widths)}, sentence, **options)
     for changes, sentence in (
         ({"index_key": a("float16", *arrays["cache"].index_key.shape)}, r"cache.index_key is float16"),
@@ -232,4 +239,4 @@ def test_other_kernels_have_no_float64(implementation, name):
         n: a("float64", *x.shape) if getattr(x, "dtype", 0) == jnp.bfloat16 else x for n, x in arrays.items()
     }
     sentence = r"\w+ is float64.*kernels compute in float32 at most.*implementation='reference'"
-    refused(op, wide, sentence, **options, implementation=implementation)
+    refused(op, wide, sentence, **options)

@@ -12,6 +12,7 @@ from transcription import AttentionTranscription, IndexerTranscription, float64,
 
 from dsjax.models.rope import rope_at
 from dsjax.models.stack import layer_at
+from pallas_kernels.platform import interpreted
 
 LENGTH = 230
 SEGMENTS = np.repeat([1, 2, 0], [50, 160, 20])[None].astype(np.int32)
@@ -170,3 +171,23 @@ def test_gradient_of_the_output(case):
     ]
     expected = np.sum((at[1] - at[0]) * cotangent) / 2e-5
     assert np.sum(np.asarray(gradient, np.float64) * direction) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("case", ["mqa, all keys", "v3"])
+def test_decoding_with_the_kernels_of_an_accelerator(platform, case):
+    """With and without an indexer: whatever form of a selection they read. TPUs multiply in bfloat16."""
+    attn, first = attention(case), LENGTH - 4
+
+    @quick_jit
+    def decode(attn, x, number, cache):
+        return attn.decode(x, rope_at(number, attn.config), number, cache)[0]
+
+    everyone, place = np.ones_like(SEGMENTS), np.arange(LENGTH, dtype=np.int32)[None]
+    latents = attn.project(X, rope_at(place, attn.config))[1]
+    expected = decode(attn, X[:, first:], place[:, first:], latents)
+    whole = attn(X, rope_at(place, attn.config), everyone)[0]
+    assert relative(expected, whole[:, first:]) < 1e-5
+    with interpreted(platform):
+        found = decode(attn, X[:, first:], place[:, first:], latents)
+    assert relative(found, expected) < (1e-2 if platform == "tpu" else 1e-5)
