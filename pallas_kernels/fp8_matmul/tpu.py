@@ -1,9 +1,10 @@
 """The FP8 product on TPU: every 128 of the contraction are a product of their own, scaled as it leaves the MXU.
 
-A tile of the result stays in VMEM while the contraction runs over it. An MXU that takes e4m3 (v6e, tpu7x) gets it;
-for others (v5p) the operands are widened to bfloat16 in VMEM, which holds every e4m3 number exactly. The scales are
-multiplied in float32, so they may be any numbers. A product of 128 fills the MXU of v5p, and half of the depth of
-one that is 256 deep: to let two blocks share it, one of their scales would have to go into an operand, and be rounded.
+A tile of the result stays in VMEM while the contraction runs over it. An MXU that takes e4m3 (tpu7x) gets it, and so
+does v6e's, for which Mosaic widens it in a quarter fewer bundles than is done here for others (v5p): to bfloat16 in
+VMEM, which holds every e4m3 number exactly. The scales are multiplied in float32, so they may be any numbers. A product
+of 128 fills the MXU of v5p, and half of the depth of one that is 256 deep: to let two blocks share it, one of their
+scales would have to go into an operand, and be rounded.
 """
 
 import functools
