@@ -59,17 +59,15 @@ def selected_of(index) -> np.ndarray:
     return np.asarray(unpack_mask(topk_mask(scores, K, implementation="reference"), T))
 
 
+@pytest.mark.slow
 def test_gradients_in_float64():
     with jax.enable_x64(True):
         inputs = arrays(jnp.float64)
         # The target of the loss is a constant to its gradient and not to a difference: of q and kv, the output alone.
         attention, index = inputs[3:], inputs[:3]
-        check_grads(
-            lambda *a: composed(*index, *a)[0], attention, order=1, modes=["rev"], rtol=1e-6, atol=1e-6
-        )
-        check_grads(
-            lambda *a: composed(*a, *attention)[1], index, order=1, modes=["rev"], rtol=1e-6, atol=1e-6
-        )
+        how = {"order": 1, "modes": ["rev"], "rtol": 1e-6, "atol": 1e-6}
+        check_grads(quick_jit(lambda *a: composed(*index, *a)[0]), attention, **how)
+        check_grads(quick_jit(lambda *a: composed(*a, *attention)[1]), index, **how)
         found = quick_jit(jax.grad(lambda *a: sum(composed(*a)), argnums=range(5)))(*inputs)
         plain = functools.partial(in_plain_jnp, selected=selected_of(inputs[:3]))
         expected = quick_jit(jax.grad(lambda *a: sum(plain(*a)), argnums=range(5)))(*inputs)
@@ -77,6 +75,7 @@ def test_gradients_in_float64():
         assert relative(gradient, right) < 1e-12, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 def test_gradients_of_every_platform(implementation):
     """In bfloat16, against the composition in float64 on the same numbers and selection."""

@@ -64,6 +64,7 @@ class Case:
         return run(*arrays, transposed=transposed, out_dtype=out_dtype, implementation=implementation)
 
 
+@pytest.mark.slow
 @on_every_platform
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(

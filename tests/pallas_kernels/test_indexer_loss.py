@@ -111,6 +111,7 @@ def test_copies_are_waited_for(implementation):
     Case(1.0, jnp.bfloat16).check("sparse", implementation, 1e-4, 1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "tpu", "tpu, two cores", "gpu"], indirect=True)
 @pytest.mark.parametrize(("queries", "heads", "index_heads"), [(1, 3, 6), (40, 3, 6), (40, 20, 24)])
 def test_index_heads_of_both_signs(implementation, queries, heads, index_heads):
