@@ -18,7 +18,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._before = itertools.count()  # in one instruction, between any two of which another signal may come
+        # Counts in one instruction: between any two another signal may come.
+        self._before = itertools.count()
         self._former: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignal":
