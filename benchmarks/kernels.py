@@ -3,8 +3,8 @@
     python benchmarks/kernels.py                      # a GPU or a TPU chip: the 671B model's sizes; CPU: small ones
     python benchmarks/kernels.py --only sparse_mla,topk --json kernels.json
 
-Runs on CPU, one GPU or one TPU chip, wherever jax and numpy are installed. Nothing else is needed of this
-repository than the folders benchmarks/ and pallas_kernels/.
+Runs on CPU, one GPU or one TPU chip, wherever jax and numpy are installed (and absl-py, for the FP8 product on GPUs).
+Nothing else is needed of this repository than the folders benchmarks/ and pallas_kernels/.
 
 First it measures what the device can reach: a large product of matrices in bfloat16, one in e4m3 (both in float32 and
 bfloat16 on CPU), and a large copy. Then each operation is compared with its plain implementation on a piece of its
