@@ -220,16 +220,28 @@ class MultiHeadLatentAttention(nnx.Module):
         dtype = block.queries.nope.dtype
         kv_b = self.kv_b_proj.weight[...].astype(dtype)
         w_uk, w_uv = jnp.split(kv_b, [config.qk_nope_head_dim], axis=-1)
-        absorbed = jnp.einsum("bthp,chp->bthc", block.queries.nope, w_uk, preferred_element_type=jnp.float32)
-        q = jnp.concatenate([absorbed.astype(dtype), block.queries.pe], axis=-1)
+        q = jnp.concatenate([_of_each_head(block.queries.nope, "chp->hpc", w_uk), block.queries.pe], axis=-1)
         index, index_key = block.queries.indexer, keys.index_key
         selection = self._select(index, index_key, Visibility(block.number, block.segment, keys.segment))
         scale = config.softmax_scale
         o_latent, lse = sparse_mla(q, kv, selection, latent_dim=config.kv_lora_rank, scale=scale)
-        o = jnp.einsum("bthc,chv->bthv", o_latent, w_uv, preferred_element_type=jnp.float32).astype(dtype)
+        o = _of_each_head(o_latent, "chv->hcv", w_uv)
         if index is None or index_key is None or not with_loss:
             return o, _no_loss(block.number)
         return o, sparse_indexer_loss(index.q, index_key, index.w, q, kv, lse, selection, scale=scale)
+
+
+def _of_each_head(
+    x: Float[Array, "B T H X"], order: str, weight: Float[Array, "C H P"]
+) -> Float[Array, "B T H Y"]:
+    """The product with each head's own matrix, which ``order`` takes out of the weight, in the dtype of ``x``.
+
+    Heads first and features last, so that XLA on CPUs moves whole rows and turns nothing over.
+    """
+    y = jnp.einsum(
+        "hbtx,hxy->hbty", jnp.moveaxis(x, 2, 0), jnp.einsum(order, weight), preferred_element_type=jnp.float32
+    )
+    return jnp.moveaxis(y, 0, 2).astype(x.dtype)
 
 
 def _rows(latents: Latents) -> Float[Array, "B S C+R"]:

@@ -58,9 +58,9 @@ def _scores(q: Array, k: Array, w: Array, visibility: Visibility) -> Array:
             q_n, w_n = head
             return total + w_n[..., None] * jax.nn.relu(einsum("btj,bsj->bts", q_n, block)), None
 
-        start = jnp.zeros((*q.shape[:2], size), wide(q.dtype))
+        # Masked at the beginning: XLA on CPUs would do it in one thread where the block is put in its place.
+        start = jnp.where(visibility.of_keys(first, size).mask(), jnp.zeros((), wide(q.dtype)), -jnp.inf)
         total, _ = jax.lax.scan(add_head, start, _by_head(q, w), unroll=_UNROLLED)
-        total = jnp.where(visibility.of_keys(first, size).mask(), total, -jnp.inf)
         return jax.lax.dynamic_update_slice_in_dim(scores, total, first, axis=2)
 
     nothing = jnp.full((*q.shape[:2], k.shape[1]), -jnp.inf, wide(q.dtype))
