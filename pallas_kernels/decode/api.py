@@ -164,7 +164,5 @@ def write(
     check_width(op, "index_key", index_key.shape[-1], cache.index_key.shape[-1])
     number = checks.within(op, "number", number, -1, tokens)
     if debugging():
-        page = jnp.where(number >= 0, number // cache.page_size, -1)
-        used = jnp.any(page[..., None] == jnp.arange(page_table.shape[1]), axis=1)
-        page_table = pages_within(op, page_table, used, cache)
+        page_table = pages_within(op, page_table, pages_of(number, page_table, cache), cache)
     return put(cache, page_table, number, c, k_pe, index_key)

@@ -92,7 +92,7 @@ def check_width(op: str, name: str, given: int, held: int) -> None:
 
 
 def pages_of(selection: Array, page_table: Array, cache: AnyCache) -> Bool[Array, "B M"]:
-    """Those of which a token is selected."""
+    """Those of which a token is selected: by a packed mask, or by places in the sequence, -1 being none."""
     batch, pages = page_table.shape
     if selection.dtype == jnp.uint32:
         return jnp.any(selection.reshape(batch, pages, -1) != 0, axis=-1)
