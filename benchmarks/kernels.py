@@ -87,15 +87,20 @@ def main(arguments: list[str] | None = None) -> int:
         start = time.perf_counter()
         rows.append(row_of(operation, sizes, ceilings, chip, aim, clock))
         print(rows[-1], flush=True)
+        write_rows(options.json, header, rows)  # a run that is cut off has told what it knew
         verdict = "failed" if rows[-1].failure else "done"
         _progress(f"{number}/{len(chosen)} {rows[-1].name}: {verdict} in {time.perf_counter() - start:.0f} s")
     rows += (combined := combined_rows(rows, sizes, ceilings, chip, aim))
     for row in combined:
         print(row)
-    if options.json:
-        written = {**header, "rows": [dataclasses.asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(written, indent=1))
+    write_rows(options.json, header, rows)
     return int(any(row.failure for row in rows))
+
+
+def write_rows(path: Path | None, header: dict, rows: list[Row]) -> None:
+    """The table as JSON, where one asked for it."""
+    if path:
+        path.write_text(json.dumps({**header, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1))
 
 
 def row_of(
