@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.platform import UnsupportedError, gpu_interpreter
+from pallas_kernels.relaxed_add import relaxed_add
 from pallas_kernels.shapes import Array
 
 
@@ -58,7 +59,7 @@ def call(
 def add_to_rows(ref, batch: Array, rows: Array, features, values: Array) -> None:
     """Adds ``values`` [K, X] to rows [K] of an array [B, S, X] in memory, atomically; rows may repeat."""
     if not gpu_interpreter():
-        _backend().atomic_add(ref, (batch, rows, features), values)
+        relaxed_add()(ref, (batch, rows, features), values)
         return
     # The interpreter has no atomic addition to rows, and blocks of threads run one after another in it: what is
     # missing is that of repeated rows every one gives their sum.
@@ -88,6 +89,15 @@ def parts(width: int) -> list[pl.Slice]:
         slices.append(pl.ds(start, size))
         start += size
     return slices
+
+
+def one_round(rounds: Array, step: Callable[[Array], Array], start: Array) -> Array:
+    """``step(start)`` in a loop of its own; ``rounds`` is 1, of which the compiler must not know.
+
+    Triton sees no further than the loop: what it would do to a product whose result another product reads, it does
+    not do to this one, and loops around it are not pipelined.
+    """
+    return jax.lax.fori_loop(0, rounds, lambda _, x: step(x), start)
 
 
 def exp2(x: Array, scale: float, offset: Array) -> Array:

@@ -21,11 +21,11 @@ from pallas_kernels.selection import in_tiles, require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import LOG2_E, LOW
 from pallas_kernels.sparse_mla.gpu import KEYS, tiles_of
-from pallas_kernels.triton import call, dot
+from pallas_kernels.triton import call, dot, one_round
 
 _HEADS = 64  # of a block, at most
 _BLOCKS = 132  # of attention: one for each multiprocessor of an H100
-_SCORED_KEYS = 128  # of a tile
+_SCORED_KEYS = 64  # of a tile
 _SPANS, _TILES = 528, 8  # spans of scores at least, as far as the keys go; tiles of a span at most
 
 
@@ -57,7 +57,7 @@ def paged_index_scores(
         grid=(queries, tiles // of_span, batch),
         out_shape=[jax.ShapeDtypeStruct((batch, queries, tiles * _SCORED_KEYS), jnp.float32)],
         warps=4,
-        stages=3,
+        stages=2,
         cost=pl.CostEstimate(
             flops=2 * batch * queries * heads * keys * width,
             transcendentals=0,
@@ -132,7 +132,7 @@ def paged_sparse_mla(
             jax.ShapeDtypeStruct((splits, batch, queries, all_heads), jnp.float32),
         ],
         warps=8,
-        stages=2,
+        stages=3,
         cost=pl.CostEstimate(
             flops=2 * pairs * (width + latent),
             transcendentals=pairs,
@@ -158,6 +158,9 @@ def _attend_kernel(q, rows, places, latent, rope, *rest, group: int, scale: floa
             c = (c.astype(jnp.float32) * rest[0][keys, n][:, None]).astype(q.dtype)
         return c
 
+    tiles = tiles_of(places, b, t)
+    once = jnp.minimum(tiles, 1)
+
     def attend_tile(i, carry):
         totals, before, sums = carry
         found = rows[b, t, pl.ds(i * KEYS, KEYS)]
@@ -168,11 +171,12 @@ def _attend_kernel(q, rows, places, latent, rope, *rest, group: int, scale: floa
 
         # In e4m3 each chunk is widened here, and below again: all four are more than the registers hold.
         whole = None if in_e4m3 else latents(keys, 0)
-        scores = dot(q_r, rope[keys, ropes].T)
+        r = rope[keys, ropes]
+        scores = one_round(once, lambda x: x + dot(q_r, r.T), jnp.zeros((group, KEYS), jnp.float32))
         if whole is None:
             scores = jax.lax.fori_loop(0, chunks, add_chunk, scores)
         else:
-            scores += dot(q_c, whole.T)
+            scores = one_round(once, lambda x: x + dot(q_c, whole.T), scores)
         scores = jnp.where(is_key[None, :], scores * (scale * LOG2_E), LOW)
         highest = jnp.maximum(before, jnp.max(scores, axis=1))
         p, shrink = jnp.exp2(scores - highest[:, None]), jnp.exp2(before - highest)
@@ -188,7 +192,6 @@ def _attend_kernel(q, rows, places, latent, rope, *rest, group: int, scale: floa
         jnp.full((group,), LOW / 2, jnp.float32),
         jnp.zeros((group,), jnp.float32),
     )
-    tiles = tiles_of(places, b, t)
     part = split * tiles // splits, (split + 1) * tiles // splits
     totals, highest, sums = jax.lax.fori_loop(*part, attend_tile, start)
     divisor = jnp.where(sums > 0, sums, 1)

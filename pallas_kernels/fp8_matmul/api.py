@@ -41,8 +41,6 @@ def fp8_matmul(
     columns = w.shape[0 if transposed else 1]
     _check(x, x_scale, w.T if transposed else w, w_scale.T if transposed else w_scale)
     w_scale = w_scale.T if transposed else w_scale
-    if w_scale.shape[1] != columns:
-        w_scale = jnp.repeat(w_scale, BLOCK, axis=1)[:, :columns]
     available = {"reference": reference.fp8_matmul, "tpu": tpu.fp8_matmul, "gpu": gpu.fp8_matmul}
     run = choose("fp8_matmul", implementation, available)
     rows, scales = x.reshape(-1, x.shape[-1]), x_scale.reshape(-1, x_scale.shape[-1])

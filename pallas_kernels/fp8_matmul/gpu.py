@@ -2,11 +2,16 @@
 
 Pallas's Mosaic GPU backend: one warpgroup copies tiles of x, w and their scales to shared memory, two multiply 64 rows
 each. A warpgroup's product of a block, [64, 128] in registers, is scaled and added to its sum while the other
-warpgroup has the tensor cores. Tensor cores read e4m3 along the contraction only, hence w as [N, K].
+warpgroup has the tensor cores. Arithmetic on all those numbers is what limits it, so where a block of w has one scale
+it is multiplied with those of the rows first. Tensor cores read e4m3 along the contraction only, hence w as [N, K].
+
+Tiles are taken in bands of a few rows of tiles: those that are computed at a time then share what they read.
 
 Pallas's Triton backend takes the same product through 16-bit tensor-core instructions at half the speed: Triton
 asks to be told that sums of e4m3 products may be imprecise, and Pallas has no way to tell it.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,55 +19,74 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import pad_axis, round_up
-from pallas_kernels.fp8_matmul.reference import BLOCK
+from pallas_kernels.fp8_matmul.reference import BLOCK, scales_of_columns
 from pallas_kernels.platform import UnsupportedError, gpu_interpreter
 from pallas_kernels.shapes import Array, Float
 
 _WARPGROUPS, _ROWS = 2, 64  # that multiply; rows of each
-_COLUMNS = 256  # of a tile, at most
-_STAGES = 4  # tiles in flight
+_BAND = 8  # rows of tiles
 _COPYING_REGISTERS = 40  # a thread of the warpgroup that copies: what the others need not share
+
+
+class _Plan(NamedTuple):
+    """By block of w or by column: of tiles, their columns at most, and how many are in flight."""
+
+    by_block: bool
+    columns: int
+    stages: int
+
+
+_PLANS = _Plan(False, 256, 4), _Plan(True, 128, 5)
 
 
 def fp8_matmul(
     x: Float[Array, "M K"],
     x_scale: Float[Array, "M k"],
     w: Float[Array, "K N"] | Float[Array, "N K"],
-    w_scale: Float[Array, "k N"],
+    w_scale: Float[Array, "k n"] | Float[Array, "k N"],
     transposed: bool,
     out_dtype,
 ) -> Float[Array, "M N"]:
-    """See ``api.fp8_matmul``; one scale of w for each column."""
-    rows, columns = x.shape[0], w_scale.shape[1]
-    tile = _WARPGROUPS * _ROWS, min(_COLUMNS, round_up(columns, BLOCK))
+    """See ``api.fp8_matmul``; scales of w as w multiplies."""
+    rows, columns = x.shape[0], w.shape[0 if transposed else 1]
+    plan = _PLANS[w_scale.shape[1] != columns]
+    w_scale = scales_of_columns(w_scale, columns)  # what is copied to shared memory has 16 bytes at least
+    tile = _WARPGROUPS * _ROWS, min(plan.columns, round_up(columns, BLOCK))
     w = w if transposed else w.T
     x = pad_axis(pad_axis(x, 0, tile[0]), 1, BLOCK)
     w = pad_axis(pad_axis(w, 0, tile[1]), 1, BLOCK)
     x_scale, w_scale = pad_axis(x_scale, 0, tile[0]).T, pad_axis(w_scale, 1, tile[1])
     if gpu_interpreter():
         w = w.T  # the interpreter has no transposed operands
-    return _kernel(tile, (x.shape[0], w_scale.shape[1]), out_dtype)(x, w, x_scale, w_scale)[:rows, :columns]
+    return _kernel(tile, plan, (x.shape[0], w_scale.shape[1]), out_dtype)(x, w, x_scale, w_scale)[
+        :rows, :columns
+    ]
 
 
-def _kernel(tile: tuple[int, int], size: tuple[int, int], out_dtype):
+def _kernel(tile: tuple[int, int], plan: _Plan, size: tuple[int, int], out_dtype):
     """The product of whole tiles."""
     plgpu = _mosaic_gpu()
+    tiles = size[0] // tile[0], size[1] // tile[1]
     out_columns = (
         64 if jnp.dtype(out_dtype).itemsize == 2 else 32
     )  # 128 bytes, which shared memory spreads out
 
     def body(x, w, x_scale, w_scale, y):
-        group, i, j = (lax.axis_index(name) for name in ("warpgroup", "i", "j"))
+        group, (i, j) = lax.axis_index("warpgroup"), _in_bands(lax.axis_index("tile"), *tiles)
         rows = pl.ds(group * _ROWS, _ROWS)
 
         def add_block(_, x_tile, w_tile, x_scale_tile, w_scale_tile, totals):
-            of_rows = lax.broadcast_in_dim(x_scale_tile[0, rows], (_ROWS, BLOCK), (0,))
-            added = []
+            of_rows, added = x_scale_tile[0, rows], []
             for part, total in enumerate(totals):
                 columns = pl.ds(part * BLOCK, BLOCK)
-                of_columns = lax.broadcast_in_dim(w_scale_tile[0, columns], (_ROWS, BLOCK), (1,))
                 products = _product(plgpu, x_tile.at[rows], w_tile, columns)
-                added.append(total + products * of_rows * of_columns)
+                if plan.by_block:
+                    factor = of_rows * w_scale_tile[0, part * BLOCK]
+                    products *= lax.broadcast_in_dim(factor, products.shape, (0,))
+                else:
+                    products *= lax.broadcast_in_dim(of_rows, products.shape, (0,))
+                    products *= lax.broadcast_in_dim(w_scale_tile[0, columns], products.shape, (1,))
+                added.append(total + products)
             return tuple(added)
 
         def pipeline(step, context):
@@ -70,7 +94,7 @@ def _kernel(tile: tuple[int, int], size: tuple[int, int], out_dtype):
                 step,
                 grid=(x.shape[1] // BLOCK,),
                 in_specs=_specs(plgpu, tile, i, j),
-                max_concurrent_steps=_STAGES,
+                max_concurrent_steps=plan.stages,
                 memory_registers=_COPYING_REGISTERS,
                 wg_axis="warpgroup",
                 num_compute_wgs=_WARPGROUPS,
@@ -104,14 +128,21 @@ def _kernel(tile: tuple[int, int], size: tuple[int, int], out_dtype):
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(size, out_dtype),
-        grid=(size[0] // tile[0], size[1] // tile[1]),
-        grid_names=("i", "j"),
+        grid=(tiles[0] * tiles[1],),
+        grid_names=("tile",),
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name="fp8_matmul",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=_interpreter(),
     )
+
+
+def _in_bands(place: Array, rows: int, columns: int) -> tuple[Array, Array]:
+    """Row and column of a tile: down the rows of a band, then on to the next column; the last band may be lower."""
+    band, inside = place // (_BAND * columns), place % (_BAND * columns)
+    height = jnp.minimum(_BAND, rows - band * _BAND)
+    return band * _BAND + inside % height, inside // height
 
 
 def _specs(plgpu, tile: tuple[int, int], i: Array, j: Array) -> list:

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import LANES, pad_axis, round_up
-from pallas_kernels.fp8_matmul.reference import BLOCK
+from pallas_kernels.fp8_matmul.reference import BLOCK, scales_of_columns
 from pallas_kernels.platform import tpu_interpreter
 from pallas_kernels.shapes import Array, Float
 
@@ -27,12 +27,13 @@ def fp8_matmul(
     x: Float[Array, "M K"],
     x_scale: Float[Array, "M k"],
     w: Float[Array, "K N"] | Float[Array, "N K"],
-    w_scale: Float[Array, "k N"],
+    w_scale: Float[Array, "k n"] | Float[Array, "k N"],
     transposed: bool,
     out_dtype,
 ) -> Float[Array, "M N"]:
-    """See ``api.fp8_matmul``; one scale of w for each column."""
-    rows, columns = x.shape[0], w_scale.shape[1]
+    """See ``api.fp8_matmul``; scales of w as w multiplies."""
+    rows, columns = x.shape[0], w.shape[0 if transposed else 1]
+    w_scale = scales_of_columns(w_scale, columns)
     tile = min(_ROWS, round_up(rows, 32)), min(_COLUMNS, round_up(columns, LANES))
     depth = _BLOCKS * BLOCK
     x = pad_axis(pad_axis(x, 0, tile[0]), 1, depth)

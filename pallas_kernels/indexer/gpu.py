@@ -21,7 +21,7 @@ from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.triton import call, dot, fma
 from pallas_kernels.visibility import Visibility
 
-_TILE = 128, 128  # queries × keys, at most
+_TILE, _GRADIENT_TILE = (64, 128), (128, 128)  # queries × keys, at most
 _FLOAT32_TILE = 32, 64  # whose products want registers for both sides
 
 
@@ -67,7 +67,7 @@ def _scores(q, k, w, visibility):
 
 
 def _forward(q, k, w, visibility, k_scale=None):
-    tile = _tile(q, k)
+    tile = _tile(_TILE, q, k)
     padded = _pad(q, k, w, visibility, tile)
     live = live_blocks(padded.visibility, *tile)
     scale = [] if k_scale is None else [pad_axis(k_scale.astype(jnp.float32), 1, tile[1])]
@@ -77,8 +77,8 @@ def _forward(q, k, w, visibility, k_scale=None):
         name="index_scores",
         grid=(live.shape[0] * live.shape[1], live.shape[2]),
         out_shape=[jax.ShapeDtypeStruct((q.shape[0], padded.q.shape[1], padded.k.shape[1]), jnp.float32)],
-        warps=8,
-        stages=3,
+        warps=4,
+        stages=2,
         cost=padded.cost(1),
     )
     return scores[:, : q.shape[1], : k.shape[1]]
@@ -90,7 +90,7 @@ def _scores_fwd(q, k, w, visibility):
 
 def _scores_bwd(residuals, d_scores):
     q, k, w, visibility = residuals
-    tile = _tile(q, k)
+    tile = _tile(_GRADIENT_TILE, q, k)
     padded = _pad(q, k, w, visibility, tile)
     # Once here rather than for every head there.
     d_scores = jnp.where(visibility.mask(), d_scores, 0).astype(k.dtype)
@@ -126,8 +126,8 @@ def _scores_bwd(residuals, d_scores):
 _scores.defvjp(_scores_fwd, _scores_bwd)
 
 
-def _tile(q: Array, k: Array) -> tuple[int, int]:
-    queries, keys = _FLOAT32_TILE if k.dtype == jnp.float32 else _TILE
+def _tile(most: tuple[int, int], q: Array, k: Array) -> tuple[int, int]:
+    queries, keys = _FLOAT32_TILE if k.dtype == jnp.float32 else most
     return min(queries, power_of_two(q.shape[1])), min(keys, power_of_two(k.shape[1]))
 
 

@@ -58,8 +58,8 @@ def _target(padded: Padded, lse: Array, heads: int, scale: float) -> Float[Array
         name="indexer_loss_target",
         grid=(batch * queries, 1),
         out_shape=[jax.ShapeDtypeStruct(padded.indices.shape, jnp.float32)],
-        warps=8,
-        stages=4,
+        warps=4,
+        stages=3,
         cost=padded.cost(padded.q.shape[3]),
     )
     # Tiles behind the last key of a list are not written: what lies there may not even be a number.

@@ -1,10 +1,15 @@
-"""Sparse attention on GPUs: every query gathers its own keys, a tile of 64 at a time.
+"""Sparse attention on GPUs: every query gathers its own keys, a tile of 64 or 128 at a time.
 
 Forward: a block of threads has one query and up to 64 of its heads; the gathered tile serves as keys and as values.
+Triton gives all keys of a tile to every warp where a product's result goes into another product, so that both
+warpgroups would compute the same scores: a loop of one round hides the second product from it. Copies are not
+asynchronous then, as they are in innermost loops only; what that costs is a third of what it saves.
+
 Backward, in two kernels. The first has one query with up to 128 heads: it walks through the features of a tile in
 chunks, so that copies of the next chunk run under the products of this one, leaves the gradient of the scores in
-memory, and adds the gradient of the keys to theirs with atomic additions, one a key and feature. The second
-multiplies the gradient of the scores with the keys once more, which gives the gradient of the query.
+memory, and adds the gradient of the keys to theirs with atomic additions, one a key and feature; that walk is not
+pipelined, which leaves no register to spill. The second multiplies the gradient of the scores with the keys once more,
+which gives the gradient of the query.
 """
 
 import functools
@@ -20,9 +25,9 @@ from pallas_kernels.residuals import LSE, OUTPUT
 from pallas_kernels.selection import in_tiles, require_list
 from pallas_kernels.shapes import Array, Float, Int
 from pallas_kernels.softmax import LOG2_E, LOW, output_delta, to_base_2
-from pallas_kernels.triton import add_to_rows, call, dot, exp2
+from pallas_kernels.triton import add_to_rows, call, dot, exp2, one_round
 
-KEYS = 64  # of a tile
+KEYS, _GRADIENT_KEYS = 64, 128  # of a tile
 _FORWARD_HEADS, _BACKWARD_HEADS = 64, 128  # of a block, at most
 _FEATURES = 64  # of a chunk
 
@@ -61,6 +66,11 @@ def sparse_mla(
     return _attend(q, kv, indices, latent_dim, scale)
 
 
+def _gradient_keys(dtype) -> int:
+    """Of a tile in the first backward kernel: half as many of float32, whose products want registers for both sides."""
+    return KEYS if dtype == jnp.float32 else _GRADIENT_KEYS
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _attend(q, kv, indices, latent_dim, scale):
     return _forward(q, kv, indices, latent_dim, scale)
@@ -72,8 +82,8 @@ def _attend_fwd(q, kv, indices, latent_dim, scale):
     return (o, lse), (q, kv, indices, o, lse)
 
 
-def pad(q: Array, kv: Array, indices: Array, latent_dim: int) -> Padded:
-    """Whole tiles; heads, latent and rotary part as powers of two. What is added is zero, and no key."""
+def pad(q: Array, kv: Array, indices: Array, latent_dim: int, tile: int = KEYS) -> Padded:
+    """Whole tiles of so many keys; heads, latent and rotary part as powers of two. What is added is zero, no key."""
     latent, rope = power_of_two(latent_dim), power_of_two(q.shape[-1] - latent_dim)
 
     def features(x):
@@ -82,7 +92,7 @@ def pad(q: Array, kv: Array, indices: Array, latent_dim: int) -> Padded:
 
     if (latent, rope) != (latent_dim, q.shape[-1] - latent_dim):
         q, kv = features(q), features(kv)
-    return Padded(pad_heads(q), kv, *in_tiles(indices, KEYS), latent)
+    return Padded(pad_heads(q), kv, *in_tiles(indices, tile), latent)
 
 
 def pad_heads(x: Array) -> Array:
@@ -104,7 +114,7 @@ def _forward(q, kv, indices, latent_dim, scale):
             jax.ShapeDtypeStruct((batch, queries, heads), jnp.float32),
         ],
         warps=8,
-        stages=3,
+        stages=1,
         cost=padded.cost(2 * padded.latent + padded.rope),
     )
     return o[:, :, : q.shape[2], :latent_dim], lse[:, :, : q.shape[2]]
@@ -116,28 +126,33 @@ def query_of(queries: int, group: int):
     return row // queries, row % queries, pl.ds(pl.program_id(1) * group, group)
 
 
-def tile_of(indices, b, t, i):
+def tile_of(indices, b, t, i, size: int = KEYS):
     """Places of a tile in the list, which of them hold a key, and the keys; 0 where there is none."""
-    places = pl.ds(i * KEYS, KEYS)
+    places = pl.ds(i * size, size)
     keys = indices[b, t, places]
     return places, keys >= 0, jnp.maximum(keys, 0)
 
 
-def tiles_of(places, b, t):
+def tiles_of(places, b, t, size: int = KEYS):
     """How many tiles a query's list has."""
-    return (places[b, t] + KEYS - 1) // KEYS
+    return (places[b, t] + size - 1) // size
 
 
 def _forward_kernel(q, kv, indices, places, o, lse, *, group: int, latent: int, rope: int, scale: float):
     b, t, heads = query_of(indices.shape[1], group)
     latents, ropes = pl.ds(0, latent), pl.ds(latent, rope)
     q_c, q_r, factor = q[b, t, heads, latents], q[b, t, heads, ropes], scale * LOG2_E
+    tiles = tiles_of(places, b, t)
+    once = jnp.minimum(tiles, 1)
 
     def attend_tile(i, carry):
         total, before, sums = carry
         _, is_key, keys = tile_of(indices, b, t, i)
         c, r = kv[b, keys, latents], kv[b, keys, ropes]
-        scores = jnp.where(is_key[None, :], dot(q_c, c.T) + dot(q_r, r.T), LOW)
+        scores = jnp.zeros((group, KEYS), jnp.float32)
+        for left, right in ((q_c, c), (q_r, r)):
+            scores = one_round(once, functools.partial(_add_product, left, right.T), scores)
+        scores = jnp.where(is_key[None, :], scores, LOW)
         highest = jnp.maximum(before, jnp.max(scores, axis=1) * factor)
         p, shrink = exp2(scores, factor, -highest[:, None]), jnp.exp2(before - highest)
         total = total * shrink[:, None] + dot(p.astype(c.dtype), c)
@@ -148,16 +163,20 @@ def _forward_kernel(q, kv, indices, places, o, lse, *, group: int, latent: int, 
         jnp.full((group,), LOW / 2 * factor, jnp.float32),
         jnp.zeros((group,), jnp.float32),
     )
-    total, highest, sums = jax.lax.fori_loop(0, tiles_of(places, b, t), attend_tile, start)
+    total, highest, sums = jax.lax.fori_loop(0, tiles, attend_tile, start)
     divisor = jnp.where(sums > 0, sums, 1)
     o[b, t, heads, latents] = (total / divisor[:, None]).astype(o.dtype)
     lse[b, t, heads] = jnp.where(sums > 0, highest / LOG2_E + jnp.log(divisor), -jnp.inf)
 
 
+def _add_product(left, right, total):
+    return total + dot(left, right)
+
+
 def _attend_bwd(latent_dim, scale, residuals, gradients):
     q, kv, indices, o, lse = residuals
     d_o, d_lse = gradients
-    padded = pad(q, kv, indices, latent_dim)
+    padded = pad(q, kv, indices, latent_dim, _gradient_keys(kv.dtype))
     batch, queries, heads, width = padded.q.shape
     delta = output_delta(o, d_o, d_lse)
     lse = to_base_2(lse)
@@ -175,7 +194,7 @@ def _attend_bwd(latent_dim, scale, residuals, gradients):
             jax.ShapeDtypeStruct(padded.kv.shape, jnp.float32),
         ],
         warps=8,
-        stages=3,
+        stages=2,
         aliases={7: 1},
         cost=padded.cost(2 * width + 2 * padded.latent),
     )
@@ -220,10 +239,12 @@ def _key_gradient_kernel(
 ):
     """Keys stand in the rows here, heads in the columns: the gradient of the scores is the left factor as it comes."""
     b, t, heads = query_of(indices.shape[1], group)
-    ropes, width = pl.ds(latent, rope), min(latent, _FEATURES)
+    ropes, width, size = pl.ds(latent, rope), min(latent, _FEATURES), _gradient_keys(kv.dtype)
+    tiles = tiles_of(places, b, t, size)
+    once = jnp.minimum(tiles, 1)
 
     def differentiate_tile(i, carry):
-        where, is_key, keys = tile_of(indices, b, t, i)
+        where, is_key, keys = tile_of(indices, b, t, i, size)
 
         def add_chunk(c, sums):
             features = pl.ds(c * width, width)
@@ -231,25 +252,30 @@ def _key_gradient_kernel(
             scores = sums[0] + dot(latents, q[b, t, heads, features].T)
             return scores, sums[1] + dot(latents, d_o[b, t, heads, features].T)
 
-        start = dot(kv[b, keys, ropes], q[b, t, heads, ropes].T), jnp.zeros((KEYS, group), jnp.float32)
+        start = dot(kv[b, keys, ropes], q[b, t, heads, ropes].T), jnp.zeros((size, group), jnp.float32)
         scores, d_p = jax.lax.fori_loop(0, latent // width, add_chunk, start)
         p = exp2(scores, scale * LOG2_E, -lse[b, t, heads][None, :])
         p = jnp.where(is_key[:, None], p, 0)
         d_scores = (p * (d_p - delta[b, t, heads][None, :]) * scale).astype(kv.dtype)
         p = p.astype(kv.dtype)
         d_scores_out[b, t, where, heads] = d_scores
+        _, _, keys = tile_of(indices, b, t, i, size)  # read again, not kept in registers meanwhile
 
         def give_chunk(c, carry):
             features = pl.ds(c * width, width)
-            d_latents = dot(d_scores, q[b, t, heads, features]) + dot(p, d_o[b, t, heads, features])
-            add_to_rows(d_kv, b, keys, features, d_latents)
+
+            def d_latents(_):
+                return dot(d_scores, q[b, t, heads, features]) + dot(p, d_o[b, t, heads, features])
+
+            zeros = jnp.zeros((size, width), jnp.float32)
+            add_to_rows(d_kv, b, keys, features, one_round(once, d_latents, zeros))
             return carry
 
         jax.lax.fori_loop(0, latent // width, give_chunk, carry)
         add_to_rows(d_kv, b, keys, ropes, dot(d_scores, q[b, t, heads, ropes]))
         return carry
 
-    jax.lax.fori_loop(0, tiles_of(places, b, t), differentiate_tile, jnp.int32(0))
+    jax.lax.fori_loop(0, tiles, differentiate_tile, jnp.int32(0))
 
 
 def _query_gradient_kernel(d_scores, kv, indices, places, d_q, *, group: int, latent: int, rope: int):

@@ -1,138 +1,217 @@
-"""Selection on GPUs: a row is read twice, however long it is.
+"""Selection on GPUs: a row is read once, however long it is.
 
-A sample of the row brackets the k-th highest score. The first pass over the row counts what lies above the bracket
-and collects what lies in it, in order; there the threshold is found by bisection on the bits. Where the sample misled
-(equal scores, or bad luck), the bracket becomes everything: the room for what is collected is as long as the row, so
-nothing is ever lost. The second pass writes the indices of the selected keys, in order, ties by running count.
+A sample of the row says which score a little more than k keys reach. One pass over the row collects those that reach
+it, with their indices, in order; among them the threshold is found by bisection, and of them the selected are
+written, ties by running count. Where the sample misled (equal scores, or bad luck), fewer than k were collected or
+more than there is room for: then the row itself is bisected and written from, so nothing is ever lost.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.blocks import round_up
-from pallas_kernels.selection import pack_mask
+from pallas_kernels.selection import BITS
 from pallas_kernels.shapes import Array, Float, Int, UInt32
-from pallas_kernels.topk.order import MINUS_INFINITY, ordered
-from pallas_kernels.topk.reference import highest
+from pallas_kernels.topk.order import MINUS_INFINITY
 from pallas_kernels.triton import barrier, call, store_where
 
-_CHUNK = 2048  # keys at a time, and of the sample
-_PROGRAMS = 264  # that share the rows: two for each multiprocessor of a large GPU, with room of their own
-_LOWEST, _HIGHEST = -(1 << 31), (1 << 31) - 1
+_CHUNKS = {1024: 4, 4096: 8}  # keys at a time, and of the sample; and the warps that share them
+_FEW_ROWS, _LONG_ROW = 264, 1 << 18  # below and above which chunks are long
+_PROGRAMS = (
+    1056  # that share the rows, each with room of its own: eight for each multiprocessor of a large GPU
+)
+_LOWEST, _HIGHEST = (
+    MINUS_INFINITY + 1,
+    0x7F800001,
+)  # the keys of the lowest score that counts, and behind inf's
 
 
 def topk_indices(scores: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
     """See ``api.topk_indices``."""
     batch, queries, length = scores.shape
     scores = jax.lax.stop_gradient(scores).astype(jnp.float32).reshape(batch * queries, length)
-    padded = round_up(length, _CHUNK)
-    scores = jnp.pad(scores, [(0, 0), (0, padded - length)], constant_values=-jnp.inf)
     rows, programs = batch * queries, min(batch * queries, _PROGRAMS)
+    short, long = _CHUNKS
+    chunk = long if length > _LONG_ROW or (rows < _FEW_ROWS and length >= 2 * long) else short
+    padded = round_up(length, chunk)
+    scores = jnp.pad(scores, [(0, 0), (0, padded - length)], constant_values=-jnp.inf)
     places = round_up(k + 1, 16)  # the last is for what is not selected, where stores know no mask
-    indices, _ = call(
-        functools.partial(_kernel, k=min(k, padded), places=places),
+    stride = padded // chunk
+    rank = _rank(min(k, padded), stride, chunk)
+    room = min(padded, round_up(2 * rank * stride, chunk) + chunk)  # twice what is expected
+    collected = [jax.ShapeDtypeStruct((programs, room + 16), dtype) for dtype in (jnp.float32, jnp.int32)]
+    indices, *_ = call(
+        functools.partial(_kernel, chunk=chunk, k=min(k, padded), rank=rank, room=room, places=places),
         [scores, jnp.full((rows, places), -1, jnp.int32)],
         name="topk_indices",
         grid=(programs,),
-        out_shape=[
-            jax.ShapeDtypeStruct((rows, places), jnp.int32),
-            jax.ShapeDtypeStruct((programs, padded + 16), jnp.int32),
-        ],
-        warps=8,
+        out_shape=[jax.ShapeDtypeStruct((rows, places), jnp.int32), *collected],
+        warps=_CHUNKS[chunk],
         stages=2,
         aliases={1: 0},
-        cost=pl.CostEstimate(flops=16 * scores.size, transcendentals=0, bytes_accessed=8 * scores.size),
+        cost=pl.CostEstimate(flops=8 * scores.size, transcendentals=0, bytes_accessed=4 * scores.size),
     )
     return indices[:, :k].reshape(batch, queries, k)
 
 
 def topk_mask(scores: Float[Array, "B T S"], k: int) -> UInt32[Array, "B W S"]:
-    """See ``api.topk_mask``: for short sequences; the reference's passes over the scores, as XLA makes them."""
-    return pack_mask(highest(scores, k))
+    """See ``api.topk_mask``: the bits of the list, each added to its word."""
+    indices = topk_indices(scores, k)
+    batch, queries, keys = scores.shape
+    query = jnp.arange(queries, dtype=jnp.int32)[:, None]
+    bits = jnp.uint32(1) << (query % BITS).astype(jnp.uint32)
+    words = jnp.zeros((batch, -(-queries // BITS), keys), jnp.uint32)
+    where = jnp.arange(batch)[:, None, None], query // BITS, jnp.where(indices < 0, keys, indices)
+    return words.at[where].add(jnp.broadcast_to(bits, indices.shape), mode="drop")
+
+
+def _rank(k: int, stride: int, most: int) -> int:
+    """In a sample of every ``stride``-th key: how many reach what k keys of the row almost certainly reach."""
+    return min(most, math.ceil(k / stride + 4 * math.sqrt(k / stride) + 1))
+
+
+class _Scores(NamedTuple):
+    """Scores in order of their index, a chunk at a time: those of a row, or those that were collected of it."""
+
+    read: Callable[[Array], tuple[Float[Array, "C"], Int[Array, "C"]]]
+    """Of chunk c: scores, -inf where there is none, and indices in the row."""
+
+    chunk: int
+    chunks: Array | int
+
+
+def _kernel(
+    scores, _empty, indices, collected, where, *, chunk: int, k: int, rank: int, room: int, places: int
+):
+    program, programs = pl.program_id(0), collected.shape[0]
+    rows, length = scores.shape
+    lane = jnp.arange(chunk)
+
+    def select(n, carry):
+        row = program + n * programs
+
+        def of_row(c):
+            return scores[row, pl.ds(c * chunk, chunk)], c * chunk + lane
+
+        whole = _Scores(of_row, chunk, length // chunk)
+        sample = scores[row, lane * whole.chunks]
+        low = _bisect(_reach(sample), rank, rank + rank // 8, _LOWEST, _HIGHEST)
+        barrier()  # nobody reads any more what was collected of the row before
+        end, count = _collect(whole, _score(low), room, program, collected, where)
+        barrier()
+
+        def of_collected(c):
+            place = pl.ds(c * chunk, chunk)
+            found = jnp.where(c * chunk + lane < count, collected[program, place], -jnp.inf)
+            return found, where[program, place]
+
+        def write_of(source: _Scores, low):
+            threshold, left = _threshold(source, k, low)
+            _write(source, threshold, left, indices, row, places)
+
+        misled = (end < whole.chunks) | ((count < k) & (low > _LOWEST))
+        jax.lax.cond(
+            misled,
+            lambda: write_of(whole, jnp.int32(_LOWEST)),
+            lambda: write_of(_Scores(of_collected, chunk, (count + chunk - 1) // chunk), low),
+        )
+        return carry
+
+    jax.lax.fori_loop(0, (rows - program + programs - 1) // programs, select, jnp.int32(0))
+
+
+def _score(key: Int[Array, ""]) -> Float[Array, ""]:
+    """The score of an integer in the order of ``ordered``."""
+    return jax.lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
 
 
 def _number(condition: Array) -> Int[Array, ""]:
     return jnp.sum(condition.astype(jnp.int32))
 
 
-def _bisect(count, wanted) -> Int[Array, ""]:
-    """The largest integer that at least ``wanted`` numbers reach; ``count(x)`` says how many reach x."""
-
-    def set_bit(i, threshold):
-        candidate = threshold + (jnp.int32(1) << (31 - i))
-        return jnp.where(count(candidate) >= wanted, candidate, threshold)
-
-    return jax.lax.fori_loop(0, 32, set_bit, jnp.int32(_LOWEST))
+def _reach(scores: Float[Array, "C"]) -> Callable[[Array], Array]:
+    return lambda score: _number(scores >= score)
 
 
-def _kernel(scores, _empty, indices, collected, *, k: int, places: int):
-    program, programs = pl.program_id(0), collected.shape[0]
-    rows, length = scores.shape
+def _bisect(reach, wanted, most, low, high) -> Int[Array, ""]:
+    """The key of a score that ``wanted`` to ``most`` scores reach, else the highest that at least ``wanted`` do.
 
-    def select(n, carry):
-        row = program + n * programs
-        _select_row(scores, indices, collected, row, program, length, k, places)
-        return carry
+    ``reach(score)`` says how many do: as many as are wanted, or all that count, reach ``low``, too few ``high``.
+    """
 
-    jax.lax.fori_loop(0, (rows - program + programs - 1) // programs, select, jnp.int32(0))
+    def is_open(state):
+        low, high, reached = state
+        return (reached > most) & (high - low != 1)
+
+    def halve(state):
+        low, high, reached = state
+        middle = low + jax.lax.shift_right_logical(high - low, 1)  # their distance has no sign
+        number = reach(_score(middle))
+        enough = number >= wanted
+        return (
+            jnp.where(enough, middle, low),
+            jnp.where(enough, high, middle),
+            jnp.where(enough, number, reached),
+        )
+
+    return jax.lax.while_loop(is_open, halve, (jnp.int32(low), jnp.int32(high), jnp.int32(2**31 - 1)))[0]
 
 
-def _select_row(scores, indices, collected, row, program, length: int, k: int, places: int) -> None:
-    chunks, lane = length // _CHUNK, jnp.arange(_CHUNK)
-    nowhere = collected.shape[1] - 1
+def _collect(row: _Scores, low, room: int, program, collected, where) -> tuple[Array, Array]:
+    """Puts scores that reach ``low`` where there is room, until another chunk may not fit.
 
-    def keys_of(c):
-        return ordered(scores[row, pl.ds(c * _CHUNK, _CHUNK)])
+    Returns the chunk at which it ended, and how many it put there.
+    """
 
-    def collect(low, high, chunks):
-        """How many keys are above ``high``, and how many from ``low`` to it were collected."""
+    def fits(state):
+        c, count = state
+        return (c < row.chunks) & (count + row.chunk <= room)
 
-        def step(c, counts):
-            keys = keys_of(c)
-            within = (keys >= low) & (keys <= high)
-            place = counts[1] + jnp.cumsum(within.astype(jnp.int32)) - 1
-            store_where(collected, program, place, keys, within, nowhere)
-            return counts[0] + _number(keys > high), counts[1] + _number(within)
+    def step(state):
+        c, count = state
+        found, index = row.read(c)
+        within = found >= low
+        place = count + jnp.cumsum(within.astype(jnp.int32)) - 1
+        store_where(collected, program, place, found, within, room)
+        store_where(where, program, place, index, within, room)
+        return c + 1, count + _number(within)
 
-        return jax.lax.fori_loop(0, chunks, step, (jnp.int32(0), jnp.int32(0)))
+    return jax.lax.while_loop(fits, step, (jnp.int32(0), jnp.int32(0)))
 
-    sample = ordered(scores[row, lane * chunks])
-    expected, spread = k / chunks, 4 * math.sqrt(k / chunks) + 1
 
-    def of_sample(rank: float):
-        return _bisect(lambda x: _number(sample >= x), max(1, min(_CHUNK, round(rank))))
+def _threshold(source: _Scores, k: int, low) -> tuple[Array, Array]:
+    """What the k-th highest score is, or parts them in the same way; and how many that equal it are selected."""
 
-    low = of_sample(expected + spread) if expected + spread < _CHUNK else jnp.int32(_LOWEST)
-    high = of_sample(expected - spread) if expected > spread else jnp.int32(_HIGHEST)
-    barrier()
-    above, within = collect(low, high, chunks)
-    misled = ((above >= k) | (above + within < k)).astype(jnp.int32)
-    barrier()
-    _, everything = collect(jnp.int32(_LOWEST), jnp.int32(_HIGHEST), misled * chunks)
-    above, within = above * (1 - misled), within * (1 - misled) + everything
-    barrier()
-
-    def reach(x):
+    def number(holds: Callable[[Array], Array]):
         def step(c, total):
-            place = c * _CHUNK + lane
-            return total + _number((collected[program, pl.ds(c * _CHUNK, _CHUNK)] >= x) & (place < within))
+            return total + holds(source.read(c)[0]).astype(jnp.int32)
 
-        return jax.lax.fori_loop(0, (within + _CHUNK - 1) // _CHUNK, step, jnp.int32(0))
+        return jnp.sum(jax.lax.fori_loop(0, source.chunks, step, jnp.zeros((source.chunk,), jnp.int32)))
 
-    threshold = _bisect(reach, k - above)
-    room = k - above - reach(threshold + 1)
+    threshold = _score(_bisect(lambda x: number(lambda scores: scores >= x), k, k, low, _HIGHEST))
+    return threshold, k - number(lambda scores: scores > threshold)
 
-    def write(c, counts):
-        keys = keys_of(c)
-        tied = (keys == threshold) & (keys > MINUS_INFINITY)
-        rank = counts[1] + jnp.cumsum(tied.astype(jnp.int32))
-        chosen = (keys > threshold) | (tied & (rank <= room))
-        place = counts[0] + jnp.cumsum(chosen.astype(jnp.int32)) - 1
-        store_where(indices, row, place, c * _CHUNK + lane, chosen, places - 1)
-        return counts[0] + _number(chosen), counts[1] + _number(tied)
 
-    jax.lax.fori_loop(0, chunks, write, (jnp.int32(0), jnp.int32(0)))
+def _write(source: _Scores, threshold, left, indices, row, places: int) -> None:
+    """The selected in order: above the threshold, and the first ``left`` that equal it."""
+
+    def step(c, counts):
+        found, index = source.read(c)
+        above, tied = found > threshold, found == threshold
+        # Two counts in one integer: a chunk has far fewer than 2^16 keys.
+        both = above.astype(jnp.int32) + (tied.astype(jnp.int32) << 16)
+        upto = jnp.cumsum(both)
+        ranks = counts[0] + (upto & 0xFFFF), counts[1] + (upto >> 16)
+        chosen = above | (tied & (ranks[1] <= left))
+        place = ranks[0] + jnp.minimum(ranks[1], left) - 1
+        store_where(indices, row, place, index, chosen, places - 1)
+        total = jnp.sum(both)
+        return counts[0] + (total & 0xFFFF), counts[1] + (total >> 16)
+
+    jax.lax.fori_loop(0, source.chunks, step, (jnp.int32(0), jnp.int32(0)))

@@ -1,13 +1,15 @@
 """How the tests compile and compare: by relative error, and gradients by float64 differences."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-# The same program with less machine-code tuning: compiling is most of a test's time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+def quick_jit(function: Callable, **how):
+    """``jax.jit`` with less machine-code tuning on CPU, as compiling is most of a test's time."""
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=quick, **how)
 
 
 def relative(a, b) -> float:

@@ -1,5 +1,6 @@
 """The same tests for every implementation of an operation."""
 
+import jax
 import pytest
 
 from pallas_kernels.platform import interpreted
@@ -9,12 +10,14 @@ RACES, TWO_CORES = "tpu, races looked for", "tpu, two cores"
 
 @pytest.fixture
 def implementation(request, capfd):
-    """Name of the implementation under test, whose kernels run interpreted: ``@pytest.mark.parametrize`` it.
+    """Name of the implementation under test: ``@pytest.mark.parametrize`` it.
+
+    Its kernels run interpreted, except on a machine that they are made for: there they run as they are.
 
     "tpu, races looked for" is "tpu", and fails where a copy races with a read or a write; "tpu, two cores" is as on a
     v5p.
     """
-    if request.param == "reference":
+    if request.param in ("reference", jax.default_backend()):
         yield request.param
     elif request.param == RACES:
         with interpreted("tpu", detect_races=True):

@@ -1,0 +1,49 @@
+"""Atomic addition that waits for nobody: Pallas's own orders each with all other memory, which halves a kernel's speed.
+
+Sums that are read when the kernel has ended need no order. Pallas's Triton backend emits ``acq_rel`` and has no word
+for ``relaxed``; here its rule runs with that one word changed. That reaches into jax's internals: where they are not
+as expected, Pallas's own addition takes the place (docs/decisions/0009).
+"""
+
+import functools
+from collections.abc import Callable
+
+
+@functools.cache
+def relaxed_add() -> Callable[..., object]:
+    """``f(ref, index, values)``: ``ref[index] += values`` in memory, atomically and in no order."""
+    try:
+        return _relaxed_add()
+    except (AttributeError, ImportError):
+        from jax.experimental.pallas import triton
+
+        return triton.atomic_add
+
+
+def _relaxed_add() -> Callable[..., object]:
+    from jax._src import tree_util
+    from jax._src.lib import triton as dialect
+    from jax._src.pallas.triton import lowering, primitives
+    from jax._src.state import primitives as state
+    from jax.extend.core import Primitive
+
+    relaxed = functools.partial(lowering._atomic_rmw, semantic=dialect.dialect.MemSemantic.RELAXED)
+    ordered_rule = primitives._atomic_lowering_rule
+    addition = Primitive("relaxed_add")
+    addition.def_effectful_abstract_eval(primitives._atomic_abstract_eval)
+
+    def lower(context, *operands, **parameters):
+        ordered, lowering._atomic_rmw = lowering._atomic_rmw, relaxed
+        try:
+            return ordered_rule(context, *operands, **parameters)
+        finally:
+            lowering._atomic_rmw = ordered
+
+    lowering.register_lowering(addition)(lower)
+
+    def add(ref, index, values):
+        ref, transforms = state.get_ref_and_transforms(ref, index, "relaxed_add")
+        operands, tree = tree_util.tree_flatten((ref, transforms, values, None))
+        return addition.bind(*operands, args_tree=tree, atomic_type=primitives.AtomicOpType.ADD)
+
+    return add
