@@ -1,5 +1,6 @@
 """The FP8 product against its formula in float64."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,8 @@ from pallas_kernels.platform import UnsupportedError
 run = quick_jit(fp8_matmul, static_argnames=("implementation", "transposed", "out_dtype"))
 on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 E4M3 = ml_dtypes.float8_e4m3fn
+# Tensor cores of Hopper keep some 14 bits of a sum of 128 products; everything else float32.
+EXACT = 3e-4 if jax.default_backend() == "gpu" else 1e-6
 
 
 def blocks(n: int) -> int:
@@ -77,7 +80,7 @@ def test_product(implementation, sizes, transposed):
     case = Case(*sizes)
     y = case.run(implementation, transposed=transposed)
     assert y.dtype == jnp.float32
-    assert relative(y, case.by_formula()) < 1e-6
+    assert relative(y, case.by_formula()) < EXACT
 
 
 @on_every_platform
@@ -85,7 +88,7 @@ def test_scales_along_the_contraction_on_both_sides(implementation):
     """As the gradient of a weight has them."""
     case = Case(140, 300, 200, by_column=True)
     assert case.w_scale.shape == (3, 200)
-    assert relative(case.run(implementation), case.by_formula()) < 1e-6
+    assert relative(case.run(implementation), case.by_formula()) < EXACT
 
 
 @on_every_platform
@@ -103,7 +106,7 @@ def test_a_projection(implementation):
 def test_scales_over_eight_orders_of_magnitude(implementation):
     case = Case(40, 640, 260, decades=4)
     assert case.x_scale.max() / case.x_scale.min() > 1e6
-    assert relative(case.run(implementation), case.by_formula()) < 1e-6
+    assert relative(case.run(implementation), case.by_formula()) < EXACT
 
 
 @on_every_platform

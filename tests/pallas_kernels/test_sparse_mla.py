@@ -133,7 +133,8 @@ def test_bfloat16(implementation, name):
     assert (o.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
     assert relative(o, expected) < 5e-3
     assert cosine_difference(o, expected) < 7e-6
-    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=2e-6)
+    # On a GPU exponentials are good to 2 units in the last place.
+    np.testing.assert_allclose(lse, expected_lse, rtol=5e-6, atol=5e-6)
 
 
 @on_every_platform
