@@ -22,12 +22,12 @@ def relaxed_add() -> Callable[..., object]:
 
 def _relaxed_add() -> Callable[..., object]:
     from jax._src import tree_util
-    from jax._src.lib import triton as dialect
+    from jax._src.lib.triton import dialect  # pyright: ignore[reportPrivateImportUsage]
     from jax._src.pallas.triton import lowering, primitives
     from jax._src.state import primitives as state
     from jax.extend.core import Primitive
 
-    relaxed = functools.partial(lowering._atomic_rmw, semantic=dialect.dialect.MemSemantic.RELAXED)
+    relaxed = functools.partial(lowering._atomic_rmw, semantic=dialect.MemSemantic.RELAXED)
     ordered_rule = primitives._atomic_lowering_rule
     addition = Primitive("relaxed_add")
     addition.def_effectful_abstract_eval(primitives._atomic_abstract_eval)
