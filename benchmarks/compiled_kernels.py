@@ -12,7 +12,8 @@ own compiler. The table says for each TPU kernel how much VMEM it takes, how man
 has, and which share of the slots for matrix products, vector arithmetic, loads and stores they fill. Bundles are
 counted, not timed: waiting for memory is not in them. For each GPU kernel it says registers a thread, bytes spilt
 from them, shared memory, blocks that a multiprocessor holds, and how many instructions for asynchronous products
-(wgmma) and asynchronous copies its program has: without them it is slow.
+(wgmma) and asynchronous copies its program has: without them it is slow. Atomic additions that are ordered wait for all
+other memory, relaxed ones for none.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-PROGRAMS = ("sparse", "dense", "e4m3", "decode", "decode8", "fp8", "experts")
+PROGRAMS = ("sparse", "dense", "e4m3", "decode", "decode8", "fp8", "wgrad", "experts")
 SLOTS = ("MXU", "VALU", "VLOAD", "VSTORE")
 # What the compiler asks of a device. Source: CUDA's device query for this one
 H100 = """
@@ -75,15 +76,17 @@ class GpuKernel(NamedTuple):
     threads: int
     products: int
     copies: int
-    ordered: int  # atomic operations that wait for all other memory
+    ordered: int  # atomic additions that wait for all other memory
+    relaxed: int  # and those that wait for none
 
     @staticmethod
     def header() -> str:
-        return f"{'registers':>10}{'spilt':>7}{'shared KB':>11}{'blocks':>8}{'wgmma':>7}{'copies':>8}"
+        counted = f"{'wgmma':>7}{'copies':>8}{'ordered':>9}{'relaxed':>9}"
+        return f"{'registers':>10}{'spilt':>7}{'shared KB':>11}{'blocks':>8}{counted}"
 
     def row(self) -> str:
         used = f"{self.registers:10}{self.spilt_bytes:7}{self.shared_bytes / 1024:11.1f}{self.blocks:8}"
-        return f"{used}{self.products:7}{self.copies:8}"
+        return f"{used}{self.products:7}{self.copies:8}{self.ordered:9}{self.relaxed:9}"
 
     @property
     def blocks(self) -> int:
@@ -246,8 +249,8 @@ def own_name(name: str) -> str:
     return name.removesuffix("_mosaic_gpu_kernel")
 
 
-def read_assembly(text: str) -> dict[str, tuple[int, int, int, int]]:
-    """Of each kernel: threads of a block, asynchronous products and copies, and ordered atomic operations."""
+def read_assembly(text: str) -> dict[str, tuple[int, ...]]:
+    """Of each kernel: threads of a block, asynchronous products and copies, ordered and relaxed atomic additions."""
     entries = re.findall(
         r"\.entry (\w+)\(.*?\.(?:reqntid|maxntid) (\d+)(.*?)(?=\.entry |\Z)", text, re.DOTALL
     )
@@ -256,7 +259,8 @@ def read_assembly(text: str) -> dict[str, tuple[int, int, int, int]]:
             int(threads),
             body.count("wgmma.mma_async"),
             len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor\.\dd\.shared)", body)),
-            len(re.findall(r"atom\.\S*acq_rel", body)),
+            len(re.findall(r"(?:atom|red)\.\S*acq_rel", body)),
+            len(re.findall(r"(?:atom|red)\.\S*relaxed", body)),
         )
         for name, threads, body in entries
     }

@@ -41,6 +41,7 @@ def programs(queries: int, keys: int) -> dict[str, Callable[[], Program]]:
         "decode": lambda: decode(keys, BF16),
         "decode8": lambda: decode(keys, E4M3),
         "fp8": fp8,
+        "wgrad": fp8_of_columns,
         "experts": experts,
     }
 
@@ -161,6 +162,14 @@ def fp8() -> Program:
         return fp8_matmul(*operands, transposed=True)
 
     return Program(product, arguments, ("fp8_matmul",), ("fp8_matmul",))
+
+
+def fp8_of_columns() -> Program:
+    """The gradient of that projection's weight: both operands quantised along the tokens."""
+    tokens, depth, columns = SIZES.fp8
+    operands = (((depth, tokens), E4M3), ((depth, tokens // 128), F32))
+    other = (((columns, tokens), E4M3), ((columns, tokens // 128), F32))
+    return fp8()._replace(arguments=tuple(jax.ShapeDtypeStruct(*x) for x in (*operands, *other)))
 
 
 def experts() -> Program:

@@ -1,4 +1,4 @@
-"""The one place that knows Pallas's Triton backend, which gathers rows on GPUs as Mosaic GPU does not.
+"""The one place, with ``relaxed_add``, that knows Pallas's Triton backend, which gathers rows as Mosaic GPU does not.
 
 It is deprecated in jax 0.11 and compiles with jax 0.12 still; a jax without it runs everything but kernels for GPUs.
 Dimensions of everything a kernel touches are powers of two, of at least 16 where it is multiplied.
@@ -92,7 +92,7 @@ def parts(width: int) -> list[pl.Slice]:
 
 
 def one_round(rounds: Array, step: Callable[[Array], Array], start: Array) -> Array:
-    """``step(start)`` in a loop of its own; ``rounds`` is 1, of which the compiler must not know.
+    """``step(start)`` in a loop of its own; ``rounds`` is 1, which the compiler must not know.
 
     Triton sees no further than the loop: what it would do to a product whose result another product reads, it does
     not do to this one, and loops around it are not pipelined.

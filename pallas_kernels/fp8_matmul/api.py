@@ -21,10 +21,11 @@ def fp8_matmul(
 ) -> Float[Array, "*B M N"]:
     """``y[m,n] = Σ_b x_scale[m,b] · w_scale[b,n'] · Σ_{k in b} x[m,k] w[k,n]`` for blocks b of 128, k = ⌈K/128⌉.
 
-    ``x`` and ``w`` are float8_e4m3fn, scales float32: any numbers, not only powers of two. Those of ``w`` belong to
-    blocks of 128 × 128 (n' = n // 128), as weights have them, or of 128 × 1 (n' = n), as the gradient of a weight
-    needs, whose right factor is quantised along tokens too. Float32 accumulation, promoted every 128 of the
-    contraction; rounded once to ``out_dtype``. Blocks at the edges may be shorter.
+    ``x`` and ``w`` are float8_e4m3fn, scales float32: any numbers, not only powers of two, as long as the product of
+    two is a normal one. Those of ``w`` belong to blocks of 128 × 128 (n' = n // 128), as weights have them, or of
+    128 × 1 (n' = n), as the gradient of a weight needs, whose right factor is quantised along tokens too. Float32
+    accumulation, promoted every 128 of the contraction; rounded once to ``out_dtype``. Blocks at the edges may be
+    shorter.
 
     With ``transposed``, ``w`` is [N, K] and its scales [n, k] or [N, k]: the gradient of ``x`` with the weight as it
     lies, a checkpoint's [out, in] matrix, or operands quantised along tokens. GPUs read e4m3 along the contraction

@@ -29,14 +29,14 @@ _COPYING_REGISTERS = 40  # a thread of the warpgroup that copies: what the other
 
 
 class _Plan(NamedTuple):
-    """By block of w or by column: of tiles, their columns at most, and how many are in flight."""
+    """How to multiply where w has a scale for each block, or for each column of it."""
 
     by_block: bool
-    columns: int
-    stages: int
+    columns: int  # of a tile, at most
+    stages: int  # tiles in flight
 
 
-_PLANS = _Plan(False, 256, 4), _Plan(True, 128, 5)
+_BY_BLOCK, _BY_COLUMN = _Plan(True, 128, 5), _Plan(False, 256, 4)
 
 
 def fp8_matmul(
@@ -49,7 +49,7 @@ def fp8_matmul(
 ) -> Float[Array, "M N"]:
     """See ``api.fp8_matmul``; scales of w as w multiplies."""
     rows, columns = x.shape[0], w.shape[0 if transposed else 1]
-    plan = _PLANS[w_scale.shape[1] != columns]
+    plan = _BY_COLUMN if w_scale.shape[1] == columns else _BY_BLOCK
     w_scale = scales_of_columns(w_scale, columns)  # what is copied to shared memory has 16 bytes at least
     tile = _WARPGROUPS * _ROWS, min(plan.columns, round_up(columns, BLOCK))
     w = w if transposed else w.T

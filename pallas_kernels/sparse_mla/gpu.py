@@ -7,9 +7,9 @@ asynchronous then, as they are in innermost loops only; what that costs is a thi
 
 Backward, in two kernels. The first has one query with up to 128 heads: it walks through the features of a tile in
 chunks, so that copies of the next chunk run under the products of this one, leaves the gradient of the scores in
-memory, and adds the gradient of the keys to theirs with atomic additions, one a key and feature; that walk is not
-pipelined, which leaves no register to spill. The second multiplies the gradient of the scores with the keys once more,
-which gives the gradient of the query.
+memory, and in a second walk adds the gradient of the keys to theirs with atomic additions, one a key and feature; that
+one is not pipelined, so that no register is spilt. The second kernel multiplies the gradient of the scores with the
+keys once more, which gives the gradient of the query.
 """
 
 import functools
@@ -264,11 +264,11 @@ def _key_gradient_kernel(
         def give_chunk(c, carry):
             features = pl.ds(c * width, width)
 
-            def d_latents(_):
-                return dot(d_scores, q[b, t, heads, features]) + dot(p, d_o[b, t, heads, features])
+            def add_products(total):
+                return total + dot(d_scores, q[b, t, heads, features]) + dot(p, d_o[b, t, heads, features])
 
             zeros = jnp.zeros((size, width), jnp.float32)
-            add_to_rows(d_kv, b, keys, features, one_round(once, d_latents, zeros))
+            add_to_rows(d_kv, b, keys, features, one_round(once, add_products, zeros))
             return carry
 
         jax.lax.fori_loop(0, latent // width, give_chunk, carry)

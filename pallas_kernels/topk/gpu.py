@@ -1,9 +1,10 @@
-"""Selection on GPUs: a row is read once, however long it is.
+"""Selection on GPUs: a row is read once, but for a few.
 
-A sample of the row says which score a little more than k keys reach. One pass over the row collects those that reach
-it, with their indices, in order; among them the threshold is found by bisection, and of them the selected are
-written, ties by running count. Where the sample misled (equal scores, or bad luck), fewer than k were collected or
-more than there is room for: then the row itself is bisected and written from, so nothing is ever lost.
+A sample of the row says which score somewhat more than k keys reach (about twice k, of 2,048 of 128K). One pass over
+the row collects those that reach it, with their indices, in order; among them the threshold is found by bisection, and
+of them the selected are written, ties by running count. Where the sample misled (equal scores, or bad luck), fewer
+than k were collected or more than there is room for: then the row itself is bisected and written from, so nothing is
+ever lost.
 """
 
 import functools
@@ -23,13 +24,10 @@ from pallas_kernels.triton import barrier, call, store_where
 
 _CHUNKS = {1024: 4, 4096: 8}  # keys at a time, and of the sample; and the warps that share them
 _FEW_ROWS, _LONG_ROW = 264, 1 << 18  # below and above which chunks are long
-_PROGRAMS = (
-    1056  # that share the rows, each with room of its own: eight for each multiprocessor of a large GPU
-)
-_LOWEST, _HIGHEST = (
-    MINUS_INFINITY + 1,
-    0x7F800001,
-)  # the keys of the lowest score that counts, and behind inf's
+# Programs that share the rows, each with room of its own: eight for each multiprocessor of a large GPU.
+_PROGRAMS = 1056
+# The integers of the lowest score that counts, and behind that of inf.
+_LOWEST, _HIGHEST = MINUS_INFINITY + 1, 0x7F800001
 
 
 def topk_indices(scores: Float[Array, "B T S"], k: int) -> Int[Array, "B T K"]:
@@ -186,7 +184,7 @@ def _collect(row: _Scores, low, room: int, program, collected, where) -> tuple[A
 
 
 def _threshold(source: _Scores, k: int, low) -> tuple[Array, Array]:
-    """What the k-th highest score is, or parts them in the same way; and how many that equal it are selected."""
+    """The k-th highest score, or one that parts the row as it does; and how many that equal it are selected."""
 
     def number(holds: Callable[[Array], Array]):
         def step(c, total):

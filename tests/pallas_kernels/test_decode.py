@@ -13,6 +13,7 @@ from numerics import normal, quick_jit, relative
 from visible import everyone, packed, softmax
 
 from pallas_kernels.decode import cache as paged
+from pallas_kernels.decode import gpu
 from pallas_kernels.decode.api import decode_attention, paged_index_scores, paged_sparse_mla, write
 from pallas_kernels.decode.listing import entries_shape, list_set, rows_at_a_time
 from pallas_kernels.indexer.api import index_scores
@@ -195,6 +196,14 @@ def test_quantisation_of_latents():
 @how_many_in_what
 def test_scores(implementation, dtype, queries):
     Case(implementation, dtype, queries).check_scores()
+
+
+@pytest.mark.parametrize("implementation", ["gpu"], indirect=True)
+@in_both_precisions
+def test_scores_of_several_tiles_a_block(implementation, dtype, monkeypatch):
+    """As long caches of many sequences have them."""
+    monkeypatch.setattr(gpu, "_SPANS", 1)
+    Case(implementation, dtype, 2).check_scores()
 
 
 @on_every_platform

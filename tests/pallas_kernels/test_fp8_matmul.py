@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 from numerics import cosine_difference, normal, quick_jit, relative
 
+from pallas_kernels.fp8_matmul import gpu
 from pallas_kernels.fp8_matmul.api import fp8_matmul
 from pallas_kernels.platform import UnsupportedError
 
 run = quick_jit(fp8_matmul, static_argnames=("implementation", "transposed", "out_dtype"))
 on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 E4M3 = ml_dtypes.float8_e4m3fn
-# Tensor cores of Hopper keep some 14 bits of a sum of 128 products; everything else float32.
-EXACT = 3e-4 if jax.default_backend() == "gpu" else 1e-6
+
+
+def exact(implementation: str) -> float:
+    """Tensor cores of Hopper keep some 14 bits of a sum of 128 products; everything else, float32."""
+    return 3e-4 if implementation == jax.default_backend() == "gpu" else 1e-6
 
 
 def blocks(n: int) -> int:
@@ -80,15 +84,29 @@ def test_product(implementation, sizes, transposed):
     case = Case(*sizes)
     y = case.run(implementation, transposed=transposed)
     assert y.dtype == jnp.float32
-    assert relative(y, case.by_formula()) < EXACT
+    assert relative(y, case.by_formula()) < exact(implementation)
 
 
 @on_every_platform
 def test_scales_along_the_contraction_on_both_sides(implementation):
-    """As the gradient of a weight has them."""
-    case = Case(140, 300, 200, by_column=True)
-    assert case.w_scale.shape == (3, 200)
-    assert relative(case.run(implementation), case.by_formula()) < EXACT
+    """As the gradient of a weight has them; 300 columns are two tiles on GPUs."""
+    for case, transposed in (
+        (Case(140, 300, 200, by_column=True), False),
+        (Case(5, 130, 300, by_column=True), True),
+    ):
+        assert case.w_scale.shape == (blocks(case.x.shape[1]), case.w.shape[1])
+        y = case.run(implementation, transposed=transposed)
+        assert relative(y, case.by_formula()) < exact(implementation)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 9])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 19])
+def test_bands_have_every_tile_once(rows, columns):
+    place = jnp.arange(rows * columns)
+    i, j = gpu._in_bands(place, rows, columns)
+    assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == [
+        (i, j) for i in range(rows) for j in range(columns)
+    ]
 
 
 @on_every_platform
@@ -106,7 +124,7 @@ def test_a_projection(implementation):
 def test_scales_over_eight_orders_of_magnitude(implementation):
     case = Case(40, 640, 260, decades=4)
     assert case.x_scale.max() / case.x_scale.min() > 1e6
-    assert relative(case.run(implementation), case.by_formula()) < EXACT
+    assert relative(case.run(implementation), case.by_formula()) < exact(implementation)
 
 
 @on_every_platform

@@ -134,7 +134,8 @@ def test_bfloat16(implementation, name):
     assert relative(o, expected) < 5e-3
     assert cosine_difference(o, expected) < 7e-6
     # On a GPU exponentials are good to 2 units in the last place.
-    np.testing.assert_allclose(lse, expected_lse, rtol=5e-6, atol=5e-6)
+    off = 5e-6 if implementation == jax.default_backend() == "gpu" else 2e-6
+    np.testing.assert_allclose(lse, expected_lse, rtol=off / 2, atol=off)
 
 
 @on_every_platform
@@ -208,7 +209,7 @@ def test_more_places_than_keys(implementation):
 def test_float32_gradients(implementation):
     """Many queries share a key, and key 0 gets nothing from the places that hold -1."""
     case = CASES["lengths off the tile"]()
-    gradients = case.run_backward(implementation, shuffled=True)
+    gradients = case.run_backward(implementation, shuffled=True, places=300)
     assert_gradients(gradients, case.total, (case.q, case.kv))
     assert_gradients(case.gradients(*case.exact()), case.total, (case.q, case.kv))
     case.mask[..., 0] = False

@@ -11,6 +11,7 @@ from sorted_selection import check_selection, mask_of, selected_by_sorting
 from visible import packed
 
 from pallas_kernels.selection import unpack_mask
+from pallas_kernels.topk import gpu
 from pallas_kernels.topk.api import topk_mask
 
 on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
@@ -92,6 +93,24 @@ def test_eight_thousand_keys(implementation):
     visible[1, 2, 4000:] = False
     check(implementation, scores, visible, 2048)
     check(implementation, np.where(scores > 1, scores, 0).astype(np.float32), visible, 2048)
+
+
+@pytest.mark.parametrize("implementation", ["gpu"], indirect=True)
+@pytest.mark.parametrize("rows_are_long", [False, True])
+def test_rows_whose_sample_misleads(implementation, rows_are_long, monkeypatch):
+    """More reach what was sampled than there is room for, or fewer than k; two programs, so that room is used again."""
+    monkeypatch.setattr(gpu, "_PROGRAMS", 2)
+    monkeypatch.setattr(gpu, "_FEW_ROWS", 0)
+    monkeypatch.setattr(gpu, "_LONG_ROW", 1000 if rows_are_long else 1 << 18)
+    length, k = 16384, 30
+    scores = normal(0, 7, length)
+    scores[1] = 2.5
+    high = slice(0, 24 * 16, 16)  # where samples of either stride look
+    scores[2, high] += 100
+    scores[3, high] = np.inf
+    scores[4] = np.where(np.arange(length) % 2, 0.0, -0.0)
+    scores[5] = -np.inf
+    check(implementation, scores[None], np.ones((1, 7, length), bool), k)
 
 
 @on_every_platform
