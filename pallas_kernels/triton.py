@@ -91,13 +91,13 @@ def parts(width: int) -> list[pl.Slice]:
     return slices
 
 
-def one_round(rounds: Array, step: Callable[[Array], Array], start: Array) -> Array:
-    """``step(start)`` in a loop of its own; ``rounds`` is 1, which the compiler must not know.
+def one_round(positive: Array, step: Callable[[Array], Array], start: Array) -> Array:
+    """``step(start)`` in a loop of its own, whose one round the compiler cannot foresee: ``positive`` is any number.
 
     Triton sees no further than the loop: what it would do to a product whose result another product reads, it does
     not do to this one, and loops around it are not pipelined.
     """
-    return jax.lax.fori_loop(0, rounds, lambda _, x: step(x), start)
+    return jax.lax.fori_loop(0, jnp.minimum(positive, 1), lambda _, x: step(x), start)
 
 
 def exp2(x: Array, scale: float, offset: Array) -> Array:

@@ -159,7 +159,6 @@ def _attend_kernel(q, rows, places, latent, rope, *rest, group: int, scale: floa
         return c
 
     tiles = tiles_of(places, b, t)
-    once = jnp.minimum(tiles, 1)
 
     def attend_tile(i, carry):
         totals, before, sums = carry
@@ -172,11 +171,11 @@ def _attend_kernel(q, rows, places, latent, rope, *rest, group: int, scale: floa
         # In e4m3 each chunk is widened here, and below again: all four are more than the registers hold.
         whole = None if in_e4m3 else latents(keys, 0)
         r = rope[keys, ropes]
-        scores = one_round(once, lambda x: x + dot(q_r, r.T), jnp.zeros((group, KEYS), jnp.float32))
+        scores = one_round(tiles, lambda x: x + dot(q_r, r.T), jnp.zeros((group, KEYS), jnp.float32))
         if whole is None:
             scores = jax.lax.fori_loop(0, chunks, add_chunk, scores)
         else:
-            scores = one_round(once, lambda x: x + dot(q_c, whole.T), scores)
+            scores = one_round(tiles, lambda x: x + dot(q_c, whole.T), scores)
         scores = jnp.where(is_key[None, :], scores * (scale * LOG2_E), LOW)
         highest = jnp.maximum(before, jnp.max(scores, axis=1))
         p, shrink = jnp.exp2(scores - highest[:, None]), jnp.exp2(before - highest)

@@ -58,9 +58,8 @@ def fp8_matmul(
     x_scale, w_scale = pad_axis(x_scale, 0, tile[0]).T, pad_axis(w_scale, 1, tile[1])
     if gpu_interpreter():
         w = w.T  # the interpreter has no transposed operands
-    return _kernel(tile, plan, (x.shape[0], w_scale.shape[1]), out_dtype)(x, w, x_scale, w_scale)[
-        :rows, :columns
-    ]
+    multiply = _kernel(tile, plan, (x.shape[0], w_scale.shape[1]), out_dtype)
+    return multiply(x, w, x_scale, w_scale)[:rows, :columns]
 
 
 def _kernel(tile: tuple[int, int], plan: _Plan, size: tuple[int, int], out_dtype):

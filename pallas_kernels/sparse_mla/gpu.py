@@ -143,15 +143,13 @@ def _forward_kernel(q, kv, indices, places, o, lse, *, group: int, latent: int, 
     latents, ropes = pl.ds(0, latent), pl.ds(latent, rope)
     q_c, q_r, factor = q[b, t, heads, latents], q[b, t, heads, ropes], scale * LOG2_E
     tiles = tiles_of(places, b, t)
-    once = jnp.minimum(tiles, 1)
 
     def attend_tile(i, carry):
         total, before, sums = carry
         _, is_key, keys = tile_of(indices, b, t, i)
         c, r = kv[b, keys, latents], kv[b, keys, ropes]
-        scores = jnp.zeros((group, KEYS), jnp.float32)
-        for left, right in ((q_c, c), (q_r, r)):
-            scores = one_round(once, functools.partial(_add_product, left, right.T), scores)
+        scores = one_round(tiles, lambda x: x + dot(q_c, c.T), jnp.zeros((group, KEYS), jnp.float32))
+        scores = one_round(tiles, lambda x: x + dot(q_r, r.T), scores)
         scores = jnp.where(is_key[None, :], scores, LOW)
         highest = jnp.maximum(before, jnp.max(scores, axis=1) * factor)
         p, shrink = exp2(scores, factor, -highest[:, None]), jnp.exp2(before - highest)
@@ -167,10 +165,6 @@ def _forward_kernel(q, kv, indices, places, o, lse, *, group: int, latent: int, 
     divisor = jnp.where(sums > 0, sums, 1)
     o[b, t, heads, latents] = (total / divisor[:, None]).astype(o.dtype)
     lse[b, t, heads] = jnp.where(sums > 0, highest / LOG2_E + jnp.log(divisor), -jnp.inf)
-
-
-def _add_product(left, right, total):
-    return total + dot(left, right)
 
 
 def _attend_bwd(latent_dim, scale, residuals, gradients):
@@ -241,7 +235,6 @@ def _key_gradient_kernel(
     b, t, heads = query_of(indices.shape[1], group)
     ropes, width, size = pl.ds(latent, rope), min(latent, _FEATURES), _gradient_keys(kv.dtype)
     tiles = tiles_of(places, b, t, size)
-    once = jnp.minimum(tiles, 1)
 
     def differentiate_tile(i, carry):
         where, is_key, keys = tile_of(indices, b, t, i, size)
@@ -268,7 +261,7 @@ def _key_gradient_kernel(
                 return total + dot(d_scores, q[b, t, heads, features]) + dot(p, d_o[b, t, heads, features])
 
             zeros = jnp.zeros((size, width), jnp.float32)
-            add_to_rows(d_kv, b, keys, features, one_round(once, add_products, zeros))
+            add_to_rows(d_kv, b, keys, features, one_round(tiles, add_products, zeros))
             return carry
 
         jax.lax.fori_loop(0, latent // width, give_chunk, carry)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.blocks import round_up
 from pallas_kernels.selection import BITS
 from pallas_kernels.shapes import Array, Float, Int, UInt32
-from pallas_kernels.topk.order import MINUS_INFINITY
+from pallas_kernels.topk.order import MINUS_INFINITY, score_of
 from pallas_kernels.triton import barrier, call, store_where
 
 _CHUNKS = {1024: 4, 4096: 8}  # keys at a time, and of the sample; and the warps that share them
@@ -99,9 +99,9 @@ def _kernel(
 
         whole = _Scores(of_row, chunk, length // chunk)
         sample = scores[row, lane * whole.chunks]
-        low = _bisect(_reach(sample), rank, rank + rank // 8, _LOWEST, _HIGHEST)
+        low = _bisect(lambda score: _number(sample >= score), rank, rank + rank // 8, _LOWEST, _HIGHEST)
         barrier()  # nobody reads any more what was collected of the row before
-        end, count = _collect(whole, _score(low), room, program, collected, where)
+        end, count = _collect(whole, score_of(low), room, program, collected, where)
         barrier()
 
         def of_collected(c):
@@ -124,17 +124,8 @@ def _kernel(
     jax.lax.fori_loop(0, (rows - program + programs - 1) // programs, select, jnp.int32(0))
 
 
-def _score(key: Int[Array, ""]) -> Float[Array, ""]:
-    """The score of an integer in the order of ``ordered``."""
-    return jax.lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
-
-
 def _number(condition: Array) -> Int[Array, ""]:
     return jnp.sum(condition.astype(jnp.int32))
-
-
-def _reach(scores: Float[Array, "C"]) -> Callable[[Array], Array]:
-    return lambda score: _number(scores >= score)
 
 
 def _bisect(reach, wanted, most, low, high) -> Int[Array, ""]:
@@ -150,7 +141,7 @@ def _bisect(reach, wanted, most, low, high) -> Int[Array, ""]:
     def halve(state):
         low, high, reached = state
         middle = low + jax.lax.shift_right_logical(high - low, 1)  # their distance has no sign
-        number = reach(_score(middle))
+        number = reach(score_of(middle))
         enough = number >= wanted
         return (
             jnp.where(enough, middle, low),
@@ -192,7 +183,7 @@ def _threshold(source: _Scores, k: int, low) -> tuple[Array, Array]:
 
         return jnp.sum(jax.lax.fori_loop(0, source.chunks, step, jnp.zeros((source.chunk,), jnp.int32)))
 
-    threshold = _score(_bisect(lambda x: number(lambda scores: scores >= x), k, k, low, _HIGHEST))
+    threshold = score_of(_bisect(lambda x: number(lambda scores: scores >= x), k, k, low, _HIGHEST))
     return threshold, k - number(lambda scores: scores > threshold)
 
 
