@@ -222,19 +222,29 @@ def indices_within(op: str, indices: Int[Array, "B T K"], keys: int) -> Int[Arra
 
 
 def within(
-    op: str, name: str, numbers: Int[Array, "*R K"], least: int, end: int, *, distinct: bool = False
+    op: str,
+    name: str,
+    numbers: Int[Array, "*R K"],
+    least: int,
+    end: int,
+    *,
+    distinct: bool = False,
+    nobody: bool = False,
 ) -> Int[Array, "*R K"]:
     """The numbers; within ``platform.debug()`` only if each is from ``least`` to ``end - 1``, and, where ``distinct``,
-    none stands twice in a row. Errors as those of ``indices_within``.
+    none stands twice in a row. With ``nobody`` they may be ``end`` too, any number of times. Errors as those of
+    ``indices_within``.
     """
     if not debugging():
         return numbers
     wrong, ordered = _outside(numbers, least, end, distinct=distinct)
+    wrong &= (ordered != end) | (not nobody)
 
     def sentence(*place_and_number: int) -> str:
         *row, _, number = place_and_number
         twice, once = (" twice", ", each once") if distinct and least <= number < end else ("", "")
-        return f"{op}: {name}{row} has {number}{twice}, and it should have numbers from {least} to {end - 1}{once}"
+        allowed = f"numbers from {least} to {end - 1}{once}" + (f", or {end} for none" if nobody else "")
+        return f"{op}: {name}{row} has {number}{twice}, and it should have {allowed}"
 
     return stop_where(wrong, ordered, sentence, numbers)
 

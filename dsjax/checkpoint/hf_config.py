@@ -26,6 +26,8 @@ _HOW = {
     "param_dtype",
     "remat",
     "scan_layers",
+    "expert_exchange",
+    "expert_capacity",
 }
 _HOW |= {"dense_attention_max_length", "attention_block_size"}
 _ROPE = {"rope_theta", "rope_scaling"}  # spelt otherwise

@@ -1,13 +1,11 @@
 """Saved states of a run, through orbax, asynchronously and whole or not at all."""
 
 import contextlib
-import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grain
 import jax
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
@@ -58,11 +56,6 @@ def _chunks(key: tuple[Any, ...], value: Any) -> Any:
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=size, shard_axes=tuple(range(lead)))
 
 
-def _no_data_metadata(record: logging.LogRecord) -> bool:
-    """Drops orbax's warning that the place in the data has no metadata: nobody asks for it."""
-    return not record.getMessage().startswith("Failed to get metadata for checkpointable: data")
-
-
 def has_checkpoint(workdir: Path) -> bool:
     """Whether the run in ``workdir`` has saved anything: a finished checkpoint's folder is named by its step."""
     return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
@@ -77,9 +70,11 @@ class DamagedError(ConfigError):
 
 
 class CheckpointStore:
-    """The checkpoints of a run in ``WORKDIR/checkpoints``: the state and the place in the data, together.
+    """The checkpoints of a run in ``WORKDIR/checkpoints``.
 
-    Saving returns at once and finishes in the background; a checkpoint that a kill interrupts is not there.
+    Saving returns at once and finishes in the background; a checkpoint that a kill interrupts is not there. Every
+    process of a run calls the methods, and writes and reads what lies on its devices: a state may be restored on other
+    devices, and by more or fewer processes, than it was saved by.
     """
 
     def __init__(self, workdir: Path, *, keep: int | None):
@@ -98,26 +93,26 @@ class CheckpointStore:
         latest = self._orbax.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, state: Any, data: grain.DatasetIterator) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Starts saving; waits first for a save that is still under way."""
         if step == self.latest_step:
             return
         self._orbax.wait()
-        checkpointables = {"state": named_leaves(state), "data": data}
+        checkpointables = {"state": named_leaves(state)}
         context = ocp.Context()
         context.array.saving.scoped_storage_options_creator = _chunks
         with context:
             self._orbax.save_checkpointables_async(step, checkpointables, force=True)
 
-    def restore(self, step: int, target: Tree, data: grain.DatasetIterator) -> Tree:
-        """The state of ``step``, shaped, typed and placed like the abstract ``target``; moves ``data`` to its place.
+    def restore(self, step: int, target: Tree) -> Tree:
+        """The state of ``step``, shaped, typed and placed like the abstract ``target``.
 
         Raises ConfigError, naming the first array, where the checkpoint holds another model, and where it is damaged.
         """
         wanted = placed(named_leaves(target))
         with self._readable(step):
             self._check_same_arrays(step, wanted)
-            loaded = self._orbax.load_checkpointables(step, {"state": wanted, "data": data})
+            loaded = self._orbax.load_checkpointables(step, {"state": wanted})
         return from_named_leaves(target, loaded["state"])
 
     def restore_part(self, step: int, target: Tree, *, prefix: str) -> Tree:
@@ -150,12 +145,7 @@ class CheckpointStore:
             raise DamagedError(what, f"move it away, {after}") from error
 
     def _saved_arrays(self, step: int) -> dict[str, Any]:
-        logger = logging.getLogger("absl")
-        logger.addFilter(_no_data_metadata)
-        try:
-            return self._orbax.checkpointables_metadata(step).metadata["state"]
-        finally:
-            logger.removeFilter(_no_data_metadata)
+        return self._orbax.checkpointables_metadata(step).metadata["state"]
 
     def _check_same_arrays(self, step: int, wanted: dict[str, Any], *, only_these: bool = False) -> None:
         saved = self._saved_arrays(step)

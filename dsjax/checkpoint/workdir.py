@@ -20,6 +20,8 @@ _FREE = (
     "model.scan_layers",
     "model.attention_block_size",
     "model.dense_attention_max_length",
+    "model.expert_exchange",
+    "model.expert_capacity",
 )
 
 

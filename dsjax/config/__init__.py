@@ -2,6 +2,8 @@
 
 from dsjax.config import presets as presets
 from dsjax.config.errors import ConfigError as ConfigError
+from dsjax.config.hosts import HostsConfig as HostsConfig
+from dsjax.config.mesh import MeshConfig as MeshConfig
 from dsjax.config.model import ModelConfig as ModelConfig
 from dsjax.config.model import RopeScaling as RopeScaling
 from dsjax.config.record import model_from_dict as model_from_dict

@@ -135,11 +135,18 @@ class ModelConfig(Freezable):
     dense_attention_max_length: int = 8192
     # Queries that attend at a time, at most: short sequences are cut into smaller blocks.
     attention_block_size: int = 1024
-    # What the backward pass recomputes beside attention, which it always does: nothing; each layer but its
-    # attention output; each layer whole.
+    # What the backward pass recomputes beside attention, which it always does: nothing; each layer but attention's
+    # output and the products that cost most for their size; each layer whole.
     remat: Literal["none", "layer", "full"] = "layer"
     # One compiled layer in a loop, or each layer compiled for itself: faster steps, longer compilation.
     scan_layers: bool = True
+    # On a mesh, how tokens come to the devices that have their experts: ragged sends each pair of a token and an expert
+    # (ragged all-to-all); gathered sends all tokens to all (all-gather and reduce-scatter); auto is ragged but on CPUs,
+    # where XLA has no such operation and it is acted out, slowly.
+    expert_exchange: Literal["auto", "ragged", "gathered"] = "auto"
+    # Pairs that a device takes from others at once, where 1 is its own number: the bound of its memory. Where loads
+    # are more uneven than that there are more rounds, and nothing is dropped.
+    expert_capacity: float = 1.25
 
     @property
     def qk_head_dim(self) -> int:

@@ -8,6 +8,8 @@ from typing import Literal
 from dsjax.config.errors import ConfigError
 from dsjax.config.fields import check_types
 from dsjax.config.freeze import Freezable
+from dsjax.config.hosts import HostsConfig
+from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import ModelConfig
 
 # Of the windows, that a set must have at least: the mixture has cycles of ten thousand.
@@ -186,6 +188,9 @@ class TrainConfig(Freezable):
     batch_size: int = 8
     # Tokens.
     sequence_length: int = 4096
+    # Parts in which a step's sequences are run one after another, their gradients added up: the same step, with less
+    # memory for activations.
+    accumulation_steps: int = 1
     # λ of the multi-token-prediction loss.
     mtp_loss_weight: float = 0.3
     # λ from mtp_switch_step on.
@@ -203,11 +208,21 @@ class TrainConfig(Freezable):
     # Steps in a row with a non-finite loss or gradient before the run stops with a diagnosis.
     max_bad_steps: int = 10
 
+    @property
+    def sequences_at_once(self) -> int:
+        """Of a step's sequences those that are run together, over all devices."""
+        return self.batch_size // self.accumulation_steps
+
     def check(self) -> None:
         """Raises ConfigError for values out of range."""
-        positive = ("steps", "batch_size", "max_bad_steps")
+        positive = ("steps", "batch_size", "accumulation_steps", "max_bad_steps")
         _check_at_least("train", self, dict.fromkeys(positive, 1))
         _check_at_least("train", self, {"sequence_length": 2})
+        if self.batch_size % self.accumulation_steps:
+            raise ConfigError(
+                f"train.batch_size={self.batch_size} is not a multiple of "
+                f"train.accumulation_steps={self.accumulation_steps}, the parts that it is run in: change one of them"
+            )
         weights = ("mtp_loss_weight", "mtp_loss_weight_late", "balance_loss_weight", "bias_update_speed")
         weights += ("indexer_loss_weight", "mtp_switch_step", "bias_freeze_step")
         _check_at_least("train", self, dict.fromkeys(weights, 0))
@@ -219,7 +234,7 @@ class EvalConfig(Freezable):
 
     # Steps between evaluations.
     every_steps: int = 100
-    # Batches of train.batch_size held-out sequences an evaluation.
+    # Batches of train.batch_size / train.accumulation_steps held-out sequences an evaluation.
     batches: int = 8
     # What the sample at the end continues.
     sample_prompt: str = "def "
@@ -263,7 +278,7 @@ class LogConfig(Freezable):
     # Compiled programs are kept here between starts; "" turns that off.
     compilation_cache: str = "~/.cache/dsjax/xla"
     # Floating-point operations a second that this machine's devices reach on large matrix products, for the
-    # share reported as MFU. 0: known for TPU and NVIDIA data-centre chips, measured once on others.
+    # share reported as MFU, together. 0: known for TPU and NVIDIA data-centre chips, measured once on others.
     peak_flops: float = 0.0
 
     def check(self) -> None:
@@ -286,6 +301,8 @@ class RunConfig(Freezable):
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
     # Of the initial weights, the order of the data and the sample.
     seed: int = 0
 
@@ -293,7 +310,7 @@ class RunConfig(Freezable):
         """Raises ConfigError for the first thing that cannot work, alone or in combination."""
         check_types(self)
         rooms = (self.model, self.init, self.data, self.optimizer, self.train, self.eval)
-        for room in (*rooms, self.checkpoint, self.log):
+        for room in (*rooms, self.checkpoint, self.log, self.mesh, self.hosts):
             room.check()
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} must be at least 0 and less than 2**32")

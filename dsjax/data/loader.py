@@ -1,5 +1,7 @@
 """Batches of a run: windows of its sets, mixed and shuffled for training, always the same for evaluation."""
 
+from collections.abc import Sequence
+
 import grain
 import numpy as np
 
@@ -29,14 +31,14 @@ def train_windows(data: RunData, config: DataConfig, *, sequence_length: int, se
 
 
 def train_batches(
-    windows: Mixture, *, batch_size: int, process: int = 0, processes: int = 1
+    windows: Mixture, *, batch_size: int, rows: Sequence[int] | None = None, first_batch: int = 0
 ) -> grain.DatasetIterator[Batch]:
-    """Endless training batches, prefetched; of each, the rows of one ``process``.
+    """Endless training batches, prefetched, from ``first_batch`` on; of each, the ``rows`` of one process, or all.
 
-    ``get_state`` and ``set_state`` resume with exactly the next batch, given the same arguments.
+    A batch follows from its number: a run that goes on after step n begins with batch n, in however many processes.
     """
-    rows = ProcessRows(windows, batch_size, index=process, processes=processes)
-    dataset = grain.MapDataset.source(rows).batch(rows.rows)
+    rows = range(batch_size) if rows is None else rows
+    dataset = grain.MapDataset.source(ProcessRows(windows, batch_size, rows, first_batch)).batch(len(rows))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 

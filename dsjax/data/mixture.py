@@ -74,20 +74,18 @@ def _turns(weights: Int64[np.ndarray, "S"], length: int) -> Int64[np.ndarray, "L
 
 
 class ProcessRows:
-    """Of a row of windows that is cut into batches, those that process ``index`` of ``processes`` reads.
+    """Of a row of windows that is cut into batches, the ``rows`` of each batch that a process reads, from a batch on.
 
     Every process reads a part of each batch, so batches are the same however many there are.
     """
 
-    def __init__(self, windows: Mixture, batch_size: int, *, index: int, processes: int):
-        self.windows, self.batch_size = windows, batch_size
-        self.rows = batch_size // processes
-        self.first = index * self.rows
+    def __init__(self, windows: Mixture, batch_size: int, rows: Sequence[int], first_batch: int):
+        self.windows, self.batch_size, self.rows, self.first_batch = windows, batch_size, rows, first_batch
 
     def __len__(self) -> int:
-        return len(self.windows) // self.batch_size * self.rows
+        return (len(self.windows) // self.batch_size - self.first_batch) * len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
         """Row ``index`` of those of this process."""
-        batch, row = divmod(index, self.rows)
-        return self.windows[batch * self.batch_size + self.first + row]
+        batch, row = divmod(index, len(self.rows))
+        return self.windows[(self.first_batch + batch) * self.batch_size + self.rows[row]]

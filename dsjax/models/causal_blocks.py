@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.platform import target
 from pallas_kernels.residuals import LSE, OUTPUT, SELECTION
 
 PyTree = Any
@@ -16,8 +17,9 @@ PyTree = Any
 _STRETCHES = 4
 
 # Short sequences come in several blocks too, so that stretches spare what they can, but in none so small that its
-# products are slow.
-_LEAST_BLOCKS, _LEAST_QUERIES = 8, 128
+# products are slow. Accelerators have one for each stretch: gradients of keys are added up block by block.
+_LEAST_BLOCKS = {"cpu": 8, "gpu": _STRETCHES, "tpu": _STRETCHES}
+_LEAST_QUERIES = 128
 
 # What the backward pass of attention does not compute again.
 KEPT = jax.checkpoint_policies.save_only_these_names(SELECTION, OUTPUT, LSE)
@@ -29,21 +31,24 @@ def map_causal_blocks(
     keys_up_to: Callable[[int], PyTree],
     *,
     block: int,
+    stretches: int = _STRETCHES,
 ) -> PyTree:
     """``function(queries of one block, keys up to its end or later)`` over all blocks, joined along the tokens.
 
-    A block has ``block`` queries, or fewer in a short sequence. Leaves of ``queries`` and of the result are
-    [B, T, ...]; ``keys_up_to(n)`` gives the first n keys. Only what ``KEPT`` names lives from a block's forward to
-    its backward pass, and all of it is linear in T but the selection: k indices a query, or one bit a key.
+    A block has ``block`` queries, or fewer in a short sequence. Leaves of ``queries`` and of the result are [B, T,
+    ...]; ``keys_up_to(n)`` gives the first n keys. With one stretch it is asked for the number of queries only, and
+    every block is given the same keys: for queries that are not all of a sequence's. Only what ``KEPT`` names lives
+    from a block's forward to its backward pass, and all of it is linear in T but the selection: k indices a query,
+    or one bit a key.
     """
     length = jax.tree.leaves(queries)[0].shape[1]
-    block = min(block, max(_LEAST_QUERIES, length // _LEAST_BLOCKS))
+    block = min(block, max(_LEAST_QUERIES, length // _LEAST_BLOCKS[target()]))
     blocks = -(-length // block)
     # The barrier keeps jaxlib 0.12.0 on CPUs from fusing bfloat16 products with the padding, which crashes.
     queries = jax.lax.optimization_barrier(_pad_tokens(queries, blocks * block - length))
     function = jax.checkpoint(function, policy=KEPT)
     results = []
-    for first, last in _stretches(blocks):
+    for first, last in _stretches(blocks, stretches):
         stretch = _take_tokens(queries, first * block, last * block)
         keys = keys_up_to(min(last * block, length))
         results.append(_map_blocks(function, stretch, keys, last - first))
@@ -51,8 +56,8 @@ def map_causal_blocks(
     return _take_tokens(joined, 0, length)
 
 
-def _stretches(blocks: int) -> list[tuple[int, int]]:
-    stretches = min(_STRETCHES, blocks)
+def _stretches(blocks: int, most: int) -> list[tuple[int, int]]:
+    stretches = min(most, blocks)
     borders = [round(i * blocks / stretches) for i in range(stretches + 1)]
     return list(itertools.pairwise(borders))
 

@@ -45,11 +45,21 @@ class LightningIndexer(nnx.Module):
             rngs=rngs,
         )
         self.wk = Linear(
-            (config.hidden_size, width), ("embed", "index_head_dim"), std=std, param_dtype=dtype, rngs=rngs
+            (config.hidden_size, width),
+            ("embed", "index_head_dim"),
+            std=std,
+            param_dtype=dtype,
+            rngs=rngs,
+            keep=True,
         )
         self.k_norm = LayerNorm(width, eps=1e-6, axis="index_head_dim")
         self.weights_proj = Linear(
-            (config.hidden_size, heads), ("embed", "index_heads"), std=std, param_dtype=dtype, rngs=rngs
+            (config.hidden_size, heads),
+            ("embed", "index_heads"),
+            std=std,
+            param_dtype=dtype,
+            rngs=rngs,
+            keep=True,
         )
 
     def query(self, x: Float[Array, "B T D"], q_latent: Float[Array, "B T Q"], rope: Rope) -> IndexQuery:

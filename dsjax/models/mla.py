@@ -6,14 +6,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
 from dsjax.models.causal_blocks import map_causal_blocks
 from dsjax.models.indexer import IndexQuery, LightningIndexer
-from dsjax.models.linear import Linear
+from dsjax.models.linear import Linear, linear
 from dsjax.models.norms import RMSNorm
 from dsjax.models.rope import Rope, rotate_interleaved
+from dsjax.parallel.collectives import gather, per_device
+from dsjax.parallel.order import in_order, places
+from dsjax.parallel.rules import layout, names_at
 from pallas_kernels.dense_mla.api import dense_mla
 from pallas_kernels.indexer.api import index_scores
 from pallas_kernels.indexer_loss.api import dense_indexer_loss, sparse_indexer_loss
@@ -57,6 +61,20 @@ class _Keys(NamedTuple):
     segment: Int[Array, "B S"]
 
 
+class _Tokens(NamedTuple):
+    """All that may be attended to, in their order."""
+
+    latents: Latents
+    segment_ids: Int[Array, "B S"]
+
+
+class _How(NamedTuple):
+    """``in_stretches``: queries are all of a sequence's, so that early ones may be given few keys."""
+
+    with_loss: bool
+    in_stretches: bool
+
+
 class MultiHeadLatentAttention(nnx.Module):
     """MLA over the keys that the lightning indexer selects, or over all where there is no indexer.
 
@@ -71,24 +89,29 @@ class MultiHeadLatentAttention(nnx.Module):
         self.config = config
         heads, std, dtype = config.num_attention_heads, config.initializer_range, config.param_dtype
 
-        def linear(shape, axes, contract=1):
-            return Linear(shape, axes, std=std, param_dtype=dtype, rngs=rngs, contract=contract)
+        def projection(shape, axes, contract=1, *, keep=False):
+            return Linear(shape, axes, std=std, param_dtype=dtype, rngs=rngs, contract=contract, keep=keep)
 
-        self.q_a_proj = linear((config.hidden_size, config.q_lora_rank), ("embed", "q_lora"))
+        self.q_a_proj = projection((config.hidden_size, config.q_lora_rank), ("embed", "q_lora"), keep=True)
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=_LATENT_EPS, axis="q_lora")
-        self.q_b_proj = linear(
+        self.q_b_proj = projection(
             (config.q_lora_rank, heads, config.qk_head_dim), ("q_lora", "heads", "head_dim")
         )
-        self.kv_a_proj_with_mqa = linear(
-            (config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim), ("embed", "kv_lora")
+        self.kv_a_proj_with_mqa = projection(
+            (config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim),
+            ("embed", "kv_lora"),
+            keep=True,
         )
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=_LATENT_EPS, axis="kv_lora")
-        self.kv_b_proj = linear(
+        self.kv_b_proj = projection(
             (config.kv_lora_rank, heads, config.qk_nope_head_dim + config.v_head_dim),
             ("kv_lora", "heads", "head_dim"),
         )
-        self.o_proj = linear(
-            (heads, config.v_head_dim, config.hidden_size), ("heads", "head_dim", "embed"), contract=2
+        self.o_proj = projection(
+            (heads, config.v_head_dim, config.hidden_size),
+            ("heads", "head_dim", "embed"),
+            contract=2,
+            keep=True,
         )
         self.indexer = LightningIndexer(config, rngs=rngs) if config.has_indexer else None
 
@@ -131,12 +154,27 @@ class MultiHeadLatentAttention(nnx.Module):
         *,
         with_indexer_loss: bool = False,
     ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T"]]:
-        """Outputs of the heads and indexer KL, from the projections of a sequence."""
-        number = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+        """Outputs of the heads and indexer KL, from the projections of a sequence.
+
+        On a mesh, tokens are in the order of ``parallel.order``: a device has all heads of its own queries, and is
+        given the latents of all tokens, in their order, so that every query selects as it would on one device.
+        """
+        length = segment_ids.shape[1]
+        number = jnp.broadcast_to(places(length), segment_ids.shape)
         block_queries = _BlockQueries(queries, number, segment_ids)
-        if segment_ids.shape[1] <= self.config.dense_attention_max_length or not self.indexer:
-            return self._attend_mha(block_queries, latents, segment_ids, with_indexer_loss)
-        return self._attend_mqa(block_queries, latents, segment_ids, with_indexer_loss)
+        is_dense = length <= self.config.dense_attention_max_length or not self.indexer
+        place = layout(segment_ids.shape, "batch", "length")
+        over = names_at(place, 1)
+
+        def own(queries: _BlockQueries, latents: Latents, segment_ids: Array, kv_b: Array):
+            tokens = in_order(jax.tree.map(lambda x: gather(x, over, 1), _Tokens(latents, segment_ids)))
+            attend = self._attend_mha if is_dense else self._attend_mqa
+            return attend(queries, tokens, kv_b, _How(with_indexer_loss, in_stretches=not over))
+
+        arguments = block_queries, latents, segment_ids, self.kv_b_proj.weight[...]
+        specs = jax.tree.map(lambda x: PartitionSpec(*place, *[None] * (x.ndim - 2)), arguments[:3])
+        out = PartitionSpec(*place, None, None), place
+        return per_device(own, (*specs, PartitionSpec()), out)(*arguments)
 
     def decode(
         self, x: Float[Array, "B T D"], rope: Rope, number: Int[Array, "B T"], cache: Latents
@@ -152,7 +190,13 @@ class MultiHeadLatentAttention(nnx.Module):
         )
         everyone = jnp.ones(cache.c.shape[:2], jnp.int32)
         block = _BlockQueries(queries, number, jnp.ones_like(number))
-        o, _ = self._sparse_block(block, _Keys(_rows(cache), cache.index_key, everyone), with_loss=False)
+        keys = _Keys(_rows(cache), cache.index_key, everyone)
+        place = layout(number.shape, "batch")
+
+        def own(block: _BlockQueries, keys: _Keys, kv_b: Array) -> Array:
+            return self._sparse_block(block, keys, kv_b, with_loss=False)[0]
+
+        o = per_device(own, (place, place, PartitionSpec()), place)(block, keys, self.kv_b_proj.weight[...])
         return self.o_proj(o), cache
 
     def selected(
@@ -173,10 +217,10 @@ class MultiHeadLatentAttention(nnx.Module):
         scores = index_scores(index.q, index_key, index.w, visibility)
         return checkpoint_name(topk(scores, min(self.config.index_topk, scores.shape[-1])), SELECTION)
 
-    def _attend_mha(self, queries: _BlockQueries, latents: Latents, segment_ids: Array, with_loss: bool):
+    def _attend_mha(self, queries: _BlockQueries, tokens: _Tokens, kv_b: Array, how: _How):
         """Keys and values unfolded once, masked attention in blocks; heads before tokens, as products like it."""
-        config, scale = self.config, self.config.softmax_scale
-        k_nope, v = jnp.split(self.kv_b_proj(latents.c), [config.qk_nope_head_dim], axis=-1)
+        config, scale, (latents, segment_ids) = self.config, self.config.softmax_scale, tokens
+        k_nope, v = jnp.split(linear(latents.c, kv_b), [config.qk_nope_head_dim], axis=-1)
         k_pe = jnp.broadcast_to(latents.k_pe[:, :, None], (*k_nope.shape[:-1], config.qk_rope_head_dim))
         k = jnp.concatenate([k_nope, k_pe], axis=-1).swapaxes(1, 2)
         v = v.swapaxes(1, 2)
@@ -190,36 +234,46 @@ class MultiHeadLatentAttention(nnx.Module):
             q = jnp.concatenate([block.queries.nope, block.queries.pe], axis=-1).swapaxes(1, 2)
             visibility = Visibility(block.number, block.segment, key_segment)
             index, kl = block.queries.indexer, _no_loss(block.number)
-            if index is not None and index_key is not None and (with_loss or k.shape[2] > config.index_topk):
+            if (
+                index is not None
+                and index_key is not None
+                and (how.with_loss or k.shape[2] > config.index_topk)
+            ):
                 scores = index_scores(index.q, index_key, index.w, visibility)
                 selected = checkpoint_name(topk_mask(scores, config.index_topk), SELECTION)
                 o, lse = dense_mla(q, k, v, visibility, selected, scale=scale)
-                if with_loss:
+                if how.with_loss:
                     kl = dense_indexer_loss(scores, q, k, lse, visibility, selected, scale=scale)
             else:
                 o, _ = dense_mla(q, k, v, visibility, scale=scale)
             return o.swapaxes(1, 2), kl
 
-        return map_causal_blocks(attend, queries, keys_up_to, block=config.attention_block_size)
+        return self._map_blocks(attend, queries, keys_up_to, segment_ids.shape[1], how)
 
-    def _attend_mqa(self, queries: _BlockQueries, latents: Latents, segment_ids: Array, with_loss: bool):
+    def _attend_mqa(self, queries: _BlockQueries, tokens: _Tokens, kv_b: Array, how: _How):
         """Selected latents gathered, in blocks."""
-        keys = _Keys(_rows(latents), latents.index_key, segment_ids)
+        keys = _Keys(_rows(tokens.latents), tokens.latents.index_key, tokens.segment_ids)
 
         def keys_up_to(n: int):
             return jax.tree.map(lambda x: x[:, :n], keys)
 
         def attend(block: _BlockQueries, keys: _Keys):
-            return self._sparse_block(block, keys, with_loss=with_loss)
+            return self._sparse_block(block, keys, kv_b, with_loss=how.with_loss)
 
-        return map_causal_blocks(attend, queries, keys_up_to, block=self.config.attention_block_size)
+        return self._map_blocks(attend, queries, keys_up_to, tokens.segment_ids.shape[1], how)
 
-    def _sparse_block(self, block: _BlockQueries, keys: _Keys, *, with_loss: bool):
+    def _map_blocks(self, attend, queries: _BlockQueries, keys_up_to, length: int, how: _How):
+        """Over blocks of queries; where these are of the beginning and the end of a sequence, each with all keys."""
+        block = self.config.attention_block_size
+        if how.in_stretches:
+            return map_causal_blocks(attend, queries, keys_up_to, block=block)
+        return map_causal_blocks(attend, queries, lambda _: keys_up_to(length), block=block, stretches=1)
+
+    def _sparse_block(self, block: _BlockQueries, keys: _Keys, kv_b: Array, *, with_loss: bool):
         """One block of queries over the keys it selects, in absorbed form: head outputs and indexer KL."""
         config, kv = self.config, keys.kv
         dtype = block.queries.nope.dtype
-        kv_b = self.kv_b_proj.weight[...].astype(dtype)
-        w_uk, w_uv = jnp.split(kv_b, [config.qk_nope_head_dim], axis=-1)
+        w_uk, w_uv = jnp.split(kv_b.astype(dtype), [config.qk_nope_head_dim], axis=-1)
         q = jnp.concatenate([_of_each_head(block.queries.nope, "chp->hpc", w_uk), block.queries.pe], axis=-1)
         index, index_key = block.queries.indexer, keys.index_key
         selection = self._select(index, index_key, Visibility(block.number, block.segment, keys.segment))

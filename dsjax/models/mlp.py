@@ -23,8 +23,8 @@ class SwiGLU(nnx.Module):
     def __init__(self, config: ModelConfig, width: int, *, rngs: nnx.Rngs):
         std, dtype = config.initializer_range, config.param_dtype
         into, back = (config.hidden_size, width), (width, config.hidden_size)
-        self.gate_proj = Linear(into, ("embed", "mlp"), std=std, param_dtype=dtype, rngs=rngs)
-        self.up_proj = Linear(into, ("embed", "mlp"), std=std, param_dtype=dtype, rngs=rngs)
+        self.gate_proj = Linear(into, ("embed", "mlp"), std=std, param_dtype=dtype, rngs=rngs, keep=True)
+        self.up_proj = Linear(into, ("embed", "mlp"), std=std, param_dtype=dtype, rngs=rngs, keep=True)
         self.down_proj = Linear(back, ("mlp", "embed"), std=std, param_dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

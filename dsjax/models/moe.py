@@ -8,27 +8,19 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import ModelConfig
+from dsjax.models.experts import Routing, chosen_experts
 from dsjax.models.mlp import SwiGLU
-from pallas_kernels.expert_mlp.api import expert_mlp
 
 
 class RouterBias(nnx.Variable):
     """Correction that steers selection towards idle experts: no gradient, no decay, float32 always."""
 
 
-class Routing(NamedTuple):
-    """Where each token goes."""
-
-    experts: Int[Array, "*B K"]
-    weights: Float[Array, "*B K"]  # float32
-    scores: Float[Array, "*B E"]  # sigmoid of the router logits, float32
-
-
 class MoEStats(NamedTuple):
     """What a layer reports for balancing."""
 
     load: Float[Array, "E"]  # real tokens that chose each expert
-    balance_loss: Float[Array, ""]  # mean over sequences of Σ f·P, without its weight
+    balance_loss: Float[Array, ""]  # sum over sequences of Σ f·P, without its weight
 
 
 class Router(nnx.Module):
@@ -77,6 +69,7 @@ class Experts(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
         experts, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
 
         def stacked(rows: int, columns: int, axes: tuple[str, ...]):
@@ -88,14 +81,14 @@ class Experts(nnx.Module):
         self.down_proj = stacked(width, hidden, ("expert_mlp", "embed"))
 
     def __call__(
-        self, x: Float[Array, "N D"], routing: Routing, *, layer: Int[Array, ""] | None = None
-    ) -> Float[Array, "N D"]:
+        self, x: Float[Array, "B T D"], routing: Routing, *, layer: Int[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
         """``Σ_k weight_k · expert_k(x)``, accumulated and returned in float32.
 
         With ``layer`` the parameters are those of a whole stack [L, E, ...], for inference.
         """
         matrices = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
-        return expert_mlp(x, routing.experts, routing.weights, *matrices, layer=layer)
+        return chosen_experts(x, routing, matrices, self.config, layer=layer)
 
 
 class StackedExperts(NamedTuple):
@@ -122,16 +115,14 @@ class MoE(nnx.Module):
         ``stacked`` stands in for this module's own experts.
         """
         routing = self.gate(x)
-        flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, routing))
-        y = stacked.experts(*flat, layer=stacked.layer) if stacked else self.experts(*flat)
-        y = y.reshape(x.shape)
+        y = stacked.experts(x, routing, layer=stacked.layer) if stacked else self.experts(x, routing)
         if self.shared_experts:
             y = y + self.shared_experts(x).astype(jnp.float32)
         return y.astype(x.dtype), balance_stats(routing, real)
 
 
 def balance_stats(routing: Routing, real: Bool[Array, "B T"]) -> MoEStats:
-    """Expert load and the sequence-wise balance loss ``Σ_i f_i P_i``, mean over the sequences with real tokens.
+    """Expert load and the sequence-wise balance loss ``Σ_i f_i P_i``, a sum over sequences; one of padding adds 0.
 
     ``f_i = E/(K·T) · tokens of the sequence that chose i``; ``P_i`` is the mean of ``s_i / Σ_j s_j``. Only P
     carries a gradient.
@@ -146,5 +137,4 @@ def balance_stats(routing: Routing, real: Bool[Array, "B T"]) -> MoEStats:
     share = routing.scores / jnp.sum(routing.scores, axis=-1, keepdims=True)
     mean_share = jnp.sum(jnp.where(real[..., None], share, 0), axis=1) / safe_tokens
     frequency = counts * num_experts / (per_token * safe_tokens)
-    sequences = jnp.maximum(jnp.sum(tokens > 0), 1)
-    return MoEStats(jnp.sum(counts, axis=0), jnp.sum(frequency * mean_share) / sequences)
+    return MoEStats(jnp.sum(counts, axis=0), jnp.sum(frequency * mean_share))

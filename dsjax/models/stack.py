@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from dsjax.models.causal_blocks import KEPT
+from dsjax.models.linear import PRODUCT
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -39,4 +40,7 @@ def rematerialise(function: Callable[..., Any], remat: str) -> Callable[..., Any
     """Wraps a layer's forward pass so that the backward pass recomputes what ``remat`` says."""
     if remat == "none":
         return function
-    return jax.checkpoint(function, policy=KEPT if remat == "layer" else None)
+    kept = jax.checkpoint_policies.save_from_both_policies(
+        KEPT, jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    )
+    return jax.checkpoint(function, policy=kept if remat == "layer" else None)

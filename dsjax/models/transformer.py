@@ -10,13 +10,16 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
 from dsjax.models.block import DecoderLayer, LayerStats
+from dsjax.models.embedding import TABLE_AXES, lookup
 from dsjax.models.linear import Linear
+from dsjax.models.logits import logits_of
 from dsjax.models.mla import Latents
 from dsjax.models.moe import MoE, Router, StackedExperts
 from dsjax.models.mtp import MultiTokenPrediction
 from dsjax.models.norms import RMSNorm
 from dsjax.models.rope import Rope, rope_at
 from dsjax.models.stack import number_of, rematerialise, stack_layers
+from dsjax.parallel.rules import constrain
 
 T = TypeVar("T")
 
@@ -47,7 +50,7 @@ class Transformer(nnx.Module):
         embedding = config.initializer_range * jax.random.normal(
             rngs.params(), (config.vocab_size, config.hidden_size), jnp.float32
         )
-        self.embed_tokens = nnx.Param(embedding.astype(config.param_dtype), axes=("vocab", "embed"))
+        self.embed_tokens = nnx.Param(embedding.astype(config.param_dtype), axes=TABLE_AXES)
 
         def layers(count: int, *, sparse_ffn: bool):
             def build(*, rngs: nnx.Rngs) -> DecoderLayer:
@@ -75,7 +78,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings in the compute dtype."""
-        return self.embed_tokens[...].astype(self.config.compute_dtype)[tokens]
+        return lookup(self.embed_tokens[...].astype(self.config.compute_dtype), tokens)
 
     def __call__(
         self,
@@ -95,6 +98,7 @@ class Transformer(nnx.Module):
 
         def run(x: Array, index_and_layer: tuple[Array, DecoderLayer], layers: DecoderLayer):
             index, layer = index_and_layer
+            x = constrain(x, "batch", "length", None)
             stacked = _stacked_experts(layers, index) if inference else None
             x, stats, latents = layer(x, rope, segment_ids, stacked, with_indexer_loss=with_indexer_loss)
             return x, (stats, latents)
@@ -112,7 +116,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of hidden states that have not been through the final norm."""
-        return self.lm_head(self.norm(hidden), out_dtype=jnp.float32)
+        return logits_of(self.norm(hidden), self.lm_head.weight[...])
 
     def predict_second_next(
         self,

@@ -1,5 +1,6 @@
 """Metrics of a run as JSON lines, and the same scalars for TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
@@ -62,6 +63,19 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class SilentWriter(contextlib.AbstractContextManager):
+    """In place of a ``MetricsWriter`` in all processes of a run but the one that writes."""
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Nothing."""
+
+    def write_timing(self, step: int, timing: Mapping[str, SupportsFloat]) -> None:
+        """Nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

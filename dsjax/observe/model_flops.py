@@ -1,5 +1,7 @@
 """How many floating-point operations a token costs the model: the numerator of MFU."""
 
+import dataclasses
+
 from dsjax.config import ModelConfig
 
 
@@ -18,8 +20,8 @@ def active_matmul_params(config: ModelConfig) -> int:
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of a forward and a backward pass a token, nothing counted twice for being recomputed.
 
-    ``3 · (2 · active weights + attention)``; attention counts, at the mean over positions, every causal pair
-    of the indexer and every attended pair in the cheaper (MHA) form.
+    ``3 · (2 · active weights + attention)``; attention counts, at the mean over positions, every attended pair in the
+    cheaper (MHA) form. The indexer scores every causal pair once; its loss, and so its gradient, is of attended pairs.
     """
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     causal_pairs = (sequence_length + 1) / 2
@@ -28,10 +30,24 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     if config.has_indexer:
         k = min(config.index_topk, sequence_length)
         attended_pairs = (k * (k + 1) / 2 + (sequence_length - k) * k) / sequence_length
-        indexer_flops = 2 * config.index_n_heads * config.index_head_dim * causal_pairs
+        a_pair = 2 * config.index_n_heads * config.index_head_dim
+        indexer_flops = a_pair * (causal_pairs + 2 * attended_pairs) / 3
     head_flops = 2 * (config.qk_head_dim + config.v_head_dim)
     attention = layers * (config.num_attention_heads * head_flops * attended_pairs + indexer_flops)
     return 3 * (2 * active_matmul_params(config) + attention)
+
+
+def decode_flops_per_token(config: ModelConfig, context: int) -> float:
+    """FLOPs of one more token after ``context`` others: active weights, the indexer over all, attention to the chosen.
+
+    Attention in its MQA form, whose queries are as wide as the latents.
+    """
+    attended = min(config.index_topk, context) if config.has_indexer else context
+    indexer = 2 * config.index_n_heads * config.index_head_dim * context if config.has_indexer else 0
+    width = 2 * config.kv_lora_rank + config.qk_rope_head_dim
+    alone = dataclasses.replace(config, num_nextn_predict_layers=0)
+    attention = config.num_hidden_layers * (2 * config.num_attention_heads * width * attended + indexer)
+    return 2 * active_matmul_params(alone) + attention
 
 
 def _attention_params(config: ModelConfig) -> int:

@@ -1,33 +1,36 @@
 """A run from its configuration to its last checkpoint, plot and sample."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dsjax.checkpoint import workdir as workdirs
 from dsjax.checkpoint.initial import Initial, initial_model, kept_tokenizer, open_initial
 from dsjax.checkpoint.store import CheckpointStore, has_checkpoint
-from dsjax.config import RunConfig
+from dsjax.config import ConfigError, RunConfig
 from dsjax.config.load import Command
 from dsjax.data.loader import heldout_batches, train_batches, train_windows
-from dsjax.data.run_data import RunData, data_of_run
-from dsjax.data.windows import Batch
+from dsjax.data.run_data import Log, RunData, data_of_run
 from dsjax.evals.heldout import heldout_loss
 from dsjax.inference.text import complete
-from dsjax.models.batch import DeviceBatch
-from dsjax.observe.metrics import MetricsWriter
+from dsjax.observe.metrics import MetricsWriter, SilentWriter
 from dsjax.observe.model_flops import train_flops_per_token
 from dsjax.observe.plots import loss_plot
 from dsjax.observe.progress import Progress
 from dsjax.observe.throughput import Throughput, peak_flops
+from dsjax.parallel import hosts
+from dsjax.parallel.mesh import mesh_of_run
+from dsjax.parallel.placement import batch_sharding, rows_here, whole_batch
 from dsjax.train.state import TrainState, abstract_state, initial_state
-from dsjax.train.step import build_train_step
+from dsjax.train.step import lowered_step
 from dsjax.train.stop import Diverged, StopSignal
 
 
@@ -35,26 +38,52 @@ def run(command: Command) -> None:
     """Trains as the command line says, from where the workdir stands; exits 1 where the run diverged."""
     config, workdir = command
     start = time.perf_counter()
-    with StopSignal() as stop, workdirs.held(workdir):
-        for change in workdirs.claim(config, workdir):
-            print(f"changed since the run began: {change}")
+    with hosts.together(config.hosts), StopSignal() as stop, _claimed(config, workdir):
+        mesh = mesh_of_run(config)
         initial = None if has_checkpoint(workdir) else open_initial(config, workdir)
         use_compilation_cache(config.log.compilation_cache)
         with ThreadPoolExecutor(1) as background:
             # ---------------------------------------------------- compile while the text is prepared
-            compiled = background.submit(_compile_train_step, config)
-            data = data_of_run(
-                config.data,
-                vocab_size=config.model.vocab_size,
-                workdir=workdir,
-                tokenizer=kept_tokenizer(workdir),
-            )
-            workdirs.remember_text(data.fingerprint, workdir)
+            compiled = background.submit(_compile_train_step, config, mesh)
+            data = _data(config, workdir)
             try:
-                Run(config, workdir, initial, data, compiled, stop, start).go()
+                Run(config, workdir, mesh, initial, data, compiled, stop, start).go()
             except Diverged as diagnosis:
-                print(diagnosis, file=sys.stderr)
+                if hosts.is_first():
+                    print(diagnosis, file=sys.stderr)
                 sys.exit(1)
+
+
+@contextlib.contextmanager
+def _claimed(config: RunConfig, workdir: Path) -> Iterator[None]:
+    """The folder is this run's, of whose processes the first holds it."""
+    with workdirs.held(workdir) if hosts.is_first() else contextlib.nullcontext():
+        if hosts.is_first():
+            for change in workdirs.claim(config, workdir):
+                print(f"changed since the run began: {change}")
+        hosts.wait_for_all("the workdir is claimed")
+        if not (workdir / "config.json").exists():
+            raise ConfigError(
+                f"--workdir={workdir} is not the folder of process 0: name one that all hosts share, such as a mounted "
+                "bucket"
+            )
+        yield
+
+
+def _data(config: RunConfig, workdir: Path) -> RunData:
+    """Prepared by the first process, opened by all."""
+
+    def opened(log: Log) -> RunData:
+        size, tokenizer = config.model.vocab_size, kept_tokenizer(workdir)
+        return data_of_run(config.data, vocab_size=size, workdir=workdir, tokenizer=tokenizer, log=log)
+
+    if not hosts.is_first():
+        hosts.wait_for_all("the text is prepared")
+        return opened(lambda _: None)
+    data = opened(print)
+    workdirs.remember_text(data.fingerprint, workdir)
+    hosts.wait_for_all("the text is prepared")
+    return data
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -64,17 +93,10 @@ def use_compilation_cache(folder: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _compile_train_step(config: RunConfig) -> tuple[Any, float]:
+def _compile_train_step(config: RunConfig, mesh: Mesh | None) -> tuple[Any, float]:
     """The compiled step and the seconds that took."""
     start = time.perf_counter()
-    shape = (config.train.batch_size, config.train.sequence_length)
-    integer: Any = jax.ShapeDtypeStruct(shape, np.int32)
-    real: Any = jax.ShapeDtypeStruct(shape, np.float32)
-    batch = DeviceBatch(
-        tokens=integer, targets=integer, segment_ids=integer, positions=integer, loss_mask=real
-    )
-    step = jax.jit(build_train_step(config), donate_argnums=0)
-    compiled = step.lower(abstract_state(config), batch).compile()
+    compiled = lowered_step(config, mesh).compile()
     return compiled, time.perf_counter() - start
 
 
@@ -85,6 +107,7 @@ class Run:
         self,
         config: RunConfig,
         workdir: Path,
+        mesh: Mesh | None,
         initial: Initial | None,
         data: RunData,
         compiled: Future[tuple[Any, float]],
@@ -92,18 +115,26 @@ class Run:
         start: float,
     ):
         self.config, self.workdir, self.data, self.stop = config, workdir, data, stop
-        self.initial = initial
+        self.initial, self.mesh = initial, mesh
         self.compiled, self.start = compiled, start
         self.store = CheckpointStore(workdir, keep=config.checkpoint.keep)
         batch_size, length = config.train.batch_size, config.train.sequence_length
         windows = train_windows(data, config.data, sequence_length=length, seed=config.seed)
-        for part, own in zip(data.sets, windows.sets, strict=True):
-            print(f"data: {part.folder}: {own.packing()}")
-        self.batches: grain.DatasetIterator[Batch] = train_batches(windows, batch_size=batch_size)
+        if hosts.is_first():
+            for part, own in zip(data.sets, windows.sets, strict=True):
+                print(f"data: {part.folder}: {own.packing()}")
+        self.windows, self.lies = windows, batch_sharding(mesh, batch_size)
         self.heldout = heldout_batches(
-            data, config.data, batch_size=batch_size, sequence_length=length, batches=config.eval.batches
+            data,
+            config.data,
+            batch_size=config.train.sequences_at_once,
+            sequence_length=length,
+            batches=config.eval.batches,
         )
-        peak = config.log.peak_flops or peak_flops(jax.devices()[0]).flops_per_second
+        devices = (
+            1 if jax.default_backend() == "cpu" else jax.device_count()
+        )  # those of a CPU share its cores
+        peak = config.log.peak_flops or devices * peak_flops(jax.devices()[0]).flops_per_second
         self.throughput = Throughput(
             flops_per_token=train_flops_per_token(config.model, config.train.sequence_length),
             peak_flops=peak,
@@ -115,15 +146,14 @@ class Run:
         """Restores or initialises, trains, and leaves checkpoint, plot and sample behind."""
         config, steps = self.config, self.config.train.steps
         first, state = self._begin()
+        size = config.train.batch_size
+        batches = train_batches(
+            self.windows, batch_size=size, rows=rows_here(self.lies, size), first_batch=first
+        )
         with (
-            MetricsWriter(
-                self.workdir, tensorboard=config.log.tensorboard, resume_step=first or None
-            ) as self.writer,
+            self._open_writer(first) as self.writer,
             Progress(
-                steps,
-                first_step=first,
-                every_steps=config.log.every_steps,
-                speaks=jax.process_index() == 0,
+                steps, first_step=first, every_steps=config.log.every_steps, speaks=hosts.is_first()
             ) as self.progress,
         ):
             # ------------------------------------------------------------ the untrained model
@@ -136,8 +166,8 @@ class Run:
                 self.progress.say(f"already at step {first} of train.steps={steps}: raise it to go on")
             # ------------------------------------------------------------ the steps
             step = first
-            while step < steps and self.stop.received is None:
-                state, metrics = train_step(state, next(self.batches))
+            while step < steps and not self.stop.before(step):
+                state, metrics = train_step(state, whole_batch(next(batches), self.lies, size))
                 step += 1
                 self._report()
                 self.pending = (step, metrics)
@@ -151,17 +181,24 @@ class Run:
             else:
                 self._finish(state)
 
+    def _open_writer(self, first: int) -> MetricsWriter | SilentWriter:
+        if not hosts.is_first():
+            return SilentWriter()
+        return MetricsWriter(self.workdir, tensorboard=self.config.log.tensorboard, resume_step=first or None)
+
     def _begin(self) -> tuple[int, TrainState]:
         latest = self.store.latest_step
-        target = abstract_state(self.config)
+        target = abstract_state(self.config, self.mesh)
         if latest is None:
             if self.initial is None:
-                return 0, initial_state(self.config)
+                return 0, initial_state(self.config, mesh=self.mesh)
             model = initial_model(self.config, self.initial, target.model)
-            print(f"weights from {self.config.init.hf or self.config.init.checkpoint}")
-            return 0, initial_state(self.config, model)
-        state = self.store.restore(latest, target, self.batches)
-        print(f"resumed from the checkpoint of step {latest}")
+            if hosts.is_first():
+                print(f"weights from {self.config.init.hf or self.config.init.checkpoint}")
+            return 0, initial_state(self.config, model, mesh=self.mesh)
+        state = self.store.restore(latest, target)
+        if hosts.is_first():
+            print(f"resumed from the checkpoint of step {latest}")
         return latest, state
 
     def _compiled_step(self, first: int) -> Any:
@@ -229,7 +266,7 @@ class Run:
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         with self.progress.doing("evaluating"):
-            loss = heldout_loss(state.model, self.heldout, self._token_bytes())
+            loss = heldout_loss(state.model, self.heldout, self._token_bytes(), self.mesh)
         self.writer.write(step, {"eval/loss": loss.nats_per_token, "eval/bits_per_byte": loss.bits_per_byte})
         untrained = "" if step else " (before training)" if self.initial else " (untrained)"
         self.progress.say(
@@ -244,7 +281,7 @@ class Run:
         """Starts a checkpoint, unless the last steps were skipped: then the one before them stays the newest."""
         if step and not self.bad_in_a_row:
             with self.progress.doing("saving"):
-                self.store.save(step, state, self.batches)
+                self.store.save(step, state)
 
     def _say_how_to_resume(self, step: int) -> None:
         name = self.stop.received.name if self.stop.received else "stopped"
@@ -252,12 +289,16 @@ class Run:
         self.progress.say(f"{name}: {saved}; run the same command again to go on")
 
     def _finish(self, state: TrainState) -> None:
-        loss_plot(self.workdir / "metrics.jsonl", self.workdir / "loss.png")
         settings = self.config.eval
+        if hosts.is_first():
+            loss_plot(self.workdir / "metrics.jsonl", self.workdir / "loss.png")
         if settings.sample_tokens:
             with self.progress.doing("sampling"):
-                text = complete(state.model, self.data.tokenizer, settings, seed=self.config.seed)
-            (self.workdir / "sample.txt").write_text(text + "\n", encoding="utf-8")
+                text = complete(
+                    state.model, self.data.tokenizer, settings, seed=self.config.seed, mesh=self.mesh
+                )
+            if hosts.is_first():
+                (self.workdir / "sample.txt").write_text(text + "\n", encoding="utf-8")
             self.progress.say(f"\n----- sample -----\n{text}\n------------------\n")
         self.progress.say(
             f"done in {self._elapsed():.0f} s: checkpoints, metrics and loss.png in {self.workdir}"

@@ -12,10 +12,14 @@ from dsjax.models.block import LayerStats
 from dsjax.models.cross_entropy import cross_entropy_sum
 from dsjax.models.moe import MoEStats
 from dsjax.models.transformer import Transformer
+from dsjax.parallel.order import shared_out
 
 
 class Objective(NamedTuple):
-    """The parts of the loss, each a mean over what it counts, before its weight."""
+    """The parts of the loss, each a mean over what it counts, before its weight.
+
+    Of a part of a batch they are its share: those of all parts add up to those of the batch, as does the load.
+    """
 
     lm: Float[Array, ""]  # nats a token
     mtp: Float[Array, ""]  # nats a token, for the token after the next
@@ -24,12 +28,33 @@ class Objective(NamedTuple):
     load: Float[Array, "L E"]  # tokens that chose each expert, a row a router, MTP's last
 
 
-def objective(model: Transformer, batch: DeviceBatch, config: TrainConfig) -> Objective:
-    """Runs the model once and measures every part of the loss."""
+class Counts(NamedTuple):
+    """What the means of a batch are over, at least 1 each."""
+
+    lm: Float[Array, ""]  # targets
+    mtp: Float[Array, ""]  # targets after the next token
+    tokens: Float[Array, ""]  # that are no padding
+    sequences: Float[Array, ""]  # with such tokens
+
+    @classmethod
+    def of(cls, batch: DeviceBatch) -> "Counts":
+        """Of a whole batch."""
+        real = batch["segment_ids"] != 0
+        counted = batch["loss_mask"], second_next(batch)[1], real, jnp.any(real, axis=1)
+        return cls(*(jnp.maximum(jnp.sum(counts, dtype=jnp.float32), 1) for counts in counted))
+
+
+def objective(
+    model: Transformer, batch: DeviceBatch, config: TrainConfig, counts: Counts | None = None
+) -> Objective:
+    """Runs the model once and measures every part of the loss; of a part of the batch that ``counts`` is of."""
+    counts = counts or Counts.of(batch)
     with_kl = model.config.has_indexer and config.indexer_loss_weight > 0
+    beyond = shared_out(second_next(batch))
+    batch = shared_out(batch)
     output = model(batch["tokens"], batch["positions"], batch["segment_ids"], with_indexer_loss=with_kl)
     head = model.lm_head.weight[...]
-    lm = _mean_nll(model.norm(output.hidden), head, batch["targets"], batch["loss_mask"])
+    lm = cross_entropy_sum(model.norm(output.hidden), head, batch["targets"], batch["loss_mask"])
     layers = [stats for stats in output.stats if stats is not None]
     mtp = jnp.float32(0)
     if model.mtp is not None:
@@ -40,14 +65,14 @@ def objective(model: Transformer, batch: DeviceBatch, config: TrainConfig) -> Ob
             batch["segment_ids"],
             with_indexer_loss=with_kl,
         )
-        mtp = _mean_nll(hidden, head, *second_next(batch))
+        mtp = cross_entropy_sum(hidden, head, *beyond)
         layers.append(_as_stack(mtp_stats))
     routers: list[MoEStats] = [stats.moe for stats in layers if stats.moe is not None]
     return Objective(
-        lm=lm,
-        mtp=mtp,
-        balance=jnp.mean(jnp.concatenate([moe.balance_loss for moe in routers])),
-        indexer_kl=_mean_kl(layers, batch["segment_ids"]),
+        lm=lm / counts.lm,
+        mtp=mtp / counts.mtp,
+        balance=jnp.mean(jnp.concatenate([moe.balance_loss for moe in routers])) / counts.sequences,
+        indexer_kl=_sum_kl(layers, batch["segment_ids"]) / counts.tokens,
         load=jnp.concatenate([moe.load for moe in routers]),
     )
 
@@ -73,18 +98,12 @@ def second_next(batch: DeviceBatch) -> tuple[Int[Array, "B T"], Float[Array, "B 
     return targets, counts.at[:, -1].set(0)
 
 
-def _mean_nll(hidden, head, targets, mask) -> Float[Array, ""]:
-    return cross_entropy_sum(hidden, head, targets, mask) / jnp.maximum(jnp.sum(mask), 1)
-
-
 def _as_stack(stats: LayerStats) -> LayerStats:
     """A single layer's statistics with the leading axis of a stack of one."""
     return jax.tree.map(lambda x: x[None], stats)
 
 
-def _mean_kl(layers: list[LayerStats], segment_ids: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Over real tokens, then over layers."""
-    real = segment_ids != 0
+def _sum_kl(layers: list[LayerStats], segment_ids: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Over real tokens, a mean over layers."""
     kl = jnp.concatenate([stats.indexer_kl for stats in layers])
-    per_layer = jnp.sum(jnp.where(real, kl, 0), axis=(1, 2)) / jnp.maximum(jnp.sum(real), 1)
-    return jnp.mean(per_layer)
+    return jnp.mean(jnp.sum(jnp.where(segment_ids != 0, kl, 0), axis=(1, 2)))

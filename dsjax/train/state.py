@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from dsjax.config import RunConfig
 from dsjax.models.transformer import Transformer
+from dsjax.parallel.placement import placed, shardings
 from dsjax.train.optimizer import build_optimizer
 
 
@@ -23,8 +25,10 @@ class TrainState(NamedTuple):
     bad_steps_total: Int[Array, ""]
 
 
-def initial_state(config: RunConfig, model: Transformer | None = None) -> TrainState:
-    """A fresh state, of ``model`` or of random weights; the same seed gives the same ones."""
+def initial_state(
+    config: RunConfig, model: Transformer | None = None, *, mesh: Mesh | None = None
+) -> TrainState:
+    """A fresh state, of ``model`` or of random weights; the same seed gives the same ones on every mesh."""
 
     def build(model: Transformer | None) -> TrainState:
         if model is None:
@@ -35,9 +39,13 @@ def initial_state(config: RunConfig, model: Transformer | None = None) -> TrainS
         zero = jnp.int32(0)
         return TrainState(zero, model, build_optimizer(config.optimizer).init(params), zero, zero)
 
-    return jax.jit(build, donate_argnums=0)(model)
+    if mesh is None:
+        return jax.jit(build, donate_argnums=0)(model)
+    lies = shardings(placed(jax.eval_shape(build, model), mesh))
+    with jax.set_mesh(mesh):
+        return jax.jit(build, donate_argnums=0, out_shardings=lies)(model)
 
 
-def abstract_state(config: RunConfig) -> TrainState:
-    """Shapes and dtypes of ``initial_state``, nothing allocated: the target of a restore."""
-    return jax.eval_shape(lambda: initial_state(config))
+def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
+    """Shapes, dtypes and places of ``initial_state``, nothing allocated: the target of a restore."""
+    return placed(jax.eval_shape(lambda: initial_state(config)), mesh)

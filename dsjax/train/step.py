@@ -1,19 +1,23 @@
 """One optimizer step."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from dsjax.config import RunConfig, TrainConfig
 from dsjax.models.batch import DeviceBatch
 from dsjax.models.transformer import Transformer
-from dsjax.train.losses import Objective, objective, total
+from dsjax.parallel.placement import batch_sharding, shardings
+from dsjax.train.gradients import losses_and_gradients
+from dsjax.train.losses import Objective, total
 from dsjax.train.optimizer import build_optimizer, learning_rate
-from dsjax.train.state import TrainState
+from dsjax.train.state import TrainState, abstract_state
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -27,11 +31,8 @@ def build_train_step(config: RunConfig) -> Callable[[TrainState, DeviceBatch], t
         graph, params, rest = nnx.split(state.model, nnx.Param, ...)
         mtp_weight = _mtp_weight(train, state.step)
 
-        def loss_of(params: nnx.State) -> tuple[Float[Array, ""], Objective]:
-            parts = objective(nnx.merge(graph, params, rest), batch, train)
-            return total(parts, train, mtp_weight), parts
-
-        (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        parts, gradients = losses_and_gradients(state.model, batch, train, mtp_weight)
+        loss = total(parts, train, mtp_weight)
         grad_norm = optax.global_norm(gradients)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -58,6 +59,23 @@ def build_train_step(config: RunConfig) -> Callable[[TrainState, DeviceBatch], t
         return new_state, _metrics(loss, parts, grad_norm, rate, new_state)
 
     return train_step
+
+
+def lowered_step(config: RunConfig, mesh: Mesh | None = None) -> jax.stages.Lowered:
+    """The step as it is to be compiled: the state donated, and everything where it lies on the mesh."""
+    shape = (config.train.batch_size, config.train.sequence_length)
+    lies = batch_sharding(mesh, shape[0])
+    integer: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=lies)
+    real: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=lies)
+    batch = DeviceBatch(
+        tokens=integer, targets=integer, segment_ids=integer, positions=integer, loss_mask=real
+    )
+    state, step = abstract_state(config, mesh), build_train_step(config)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0).lower(state, batch)
+    out = shardings(state), NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch)
 
 
 def update_router_bias(

@@ -5,6 +5,9 @@ import os
 import signal
 from types import FrameType
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class Diverged(Exception):  # noqa: N818 (a state of the run, not a mistake in a call)
     """Too many steps in a row had a non-finite loss or gradient; the message is the diagnosis."""
@@ -13,7 +16,8 @@ class Diverged(Exception):  # noqa: N818 (a state of the run, not a mistake in a
 class StopSignal:
     """Notes SIGTERM and SIGINT, for the loop to finish its step and save; a second one ends the process at once.
 
-    Used as a context manager around the run; the former handlers come back at its end.
+    Used as a context manager around the run; the former handlers come back at its end. Of several processes any may
+    get the signal: JAX's preemption service notes SIGTERM, and all stop after the same step.
     """
 
     def __init__(self) -> None:
@@ -23,7 +27,8 @@ class StopSignal:
         self._former: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._alone = jax.process_count() == 1
+        for number in (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,):
             self._former[number] = signal.signal(number, self._note)
         return self
 
@@ -31,10 +36,19 @@ class StopSignal:
         for number, handler in self._former.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
+    def before(self, step: int) -> bool:
+        """Whether the run is to end instead of taking this step; asked by every process before every step."""
+        if not self._alone and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM
+        return self.received is not None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if next(self._before):
             _say("stopped at once; the last finished checkpoint stands")
             os._exit(128 + number)  # threads that compile or save would keep an ordinary exit waiting
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells the others of
+            return
         self.received = signal.Signals(number)
         _say(f"{self.received.name}: stopping after this step; once more stops at once, without saving")
 

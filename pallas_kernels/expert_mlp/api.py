@@ -21,9 +21,9 @@ def expert_mlp(
 ) -> Float[Array, "N D"]:
     """``Σ_k weights[n,k] · (SiLU(x gate[e]) · x up[e]) down[e]`` with ``e = experts[n,k]``, in float32.
 
-    The K experts of a token differ (``platform.debug`` looks). Every pair is computed, none dropped, and no more than
-    the pairs: the cost does not grow with the number of experts, nor with how unevenly they are loaded. Products in
-    the dtype of ``x`` with float32 accumulation. Differentiable in all but ``experts``.
+    The K experts of a token differ (``platform.debug`` looks); E stands for none. Every pair is computed, none
+    dropped, and no more than the pairs: the cost does not grow with the number of experts, nor with how unevenly they
+    are loaded. Products in the dtype of ``x`` with float32 accumulation. Differentiable in all but ``experts``.
 
     With ``layer`` the matrices are those of a stack of layers, and this one's are used: the reference then reads the
     chosen experts alone, where taking the layer out of the stack first would copy them all. For inference; the
@@ -39,7 +39,7 @@ def expert_mlp(
         layer = jnp.asarray(layer, jnp.int32)
     _check(x, experts, weights, {"gate": gate, "up": up, "down": down}, layer)
     num_experts = gate.shape[-3]
-    experts = checks.within("expert_mlp", "experts", experts, 0, num_experts, distinct=True)
+    experts = checks.within("expert_mlp", "experts", experts, 0, num_experts, distinct=True, nobody=True)
     return chosen(x, experts, weights, gate, up, down, layer)
 
 

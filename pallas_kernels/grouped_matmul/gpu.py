@@ -34,8 +34,9 @@ def product(
     sizes: Int[Array, "G"],
     transposed: bool,
     out_dtype,
+    zero_behind: bool,
 ) -> Float[Array, "M N"]:
-    """Each row times the matrix of its group, or times its transpose."""
+    """Each row times the matrix of its group, or times its transpose. Zeros behind the last group."""
     columns = matrices.shape[1 if transposed else 2]
     tile = (
         min(_ROWS, power_of_two(rows.shape[0])),
@@ -146,7 +147,7 @@ def _outer_kernel(x, d_y, first, end, out, *, tile: tuple[int, int, int]):
 
     def add_step(s, total):
         places = start + s * tile[2] + jnp.arange(tile[2])
-        read = jnp.minimum(places, x.shape[0] - 1)
+        read = jnp.minimum(places, stop - 1)  # behind the last group there may be anything
         left = jnp.where((places < stop)[:, None], x[read, depth], 0)
         return total + dot(left.T, d_y[read, columns])
 

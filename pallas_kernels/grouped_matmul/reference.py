@@ -21,8 +21,9 @@ def product(
     sizes: Int[Array, "G"],
     transposed: bool,
     out_dtype,
+    zero_behind: bool,
 ) -> Float[Array, "M N"]:
-    """Each row times the matrix of its group, or times its transpose."""
+    """Each row times the matrix of its group, or times its transpose. Zeros behind the last group."""
     block = _block(rows, sizes)
     padded = jnp.pad(rows, ((0, block), (0, 0)))
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
@@ -55,8 +56,9 @@ def outer_product(
         first, end = bounds
 
         def run_block(total, start, own):
-            x, d = (jax.lax.dynamic_slice_in_dim(array, start, block) for array in (rows, d_y))
-            return total + _dot(jnp.where(own, x, 0), d, (((0,), (0,)), ((), ())))
+            slices = (jax.lax.dynamic_slice_in_dim(array, start, block) for array in (rows, d_y))
+            x, d = (jnp.where(own, array, 0) for array in slices)
+            return total + _dot(x, d, (((0,), (0,)), ((), ())))
 
         total = jnp.zeros((rows.shape[1], d_y.shape[1]), jnp.float32)
         return None, _over_blocks(run_block, total, first, end, block).astype(out_dtype)

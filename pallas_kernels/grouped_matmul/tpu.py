@@ -23,6 +23,7 @@ def product(
     sizes: Int[Array, "G"],
     transposed: bool,
     out_dtype,
+    zero_behind: bool,
 ) -> Float[Array, "M N"]:
     """Each row times the matrix of its group, or times its transpose."""
     tile = _tile(rows.shape, matrices.shape[1 if transposed else 2], sizes)
@@ -36,8 +37,11 @@ def product(
             transpose_rhs=transposed,
             interpret=bool(tpu_interpreter()),
         )
+    y = y[: rows.shape[0]]
+    if not zero_behind:
+        return y
     behind = jnp.arange(rows.shape[0]) >= jnp.sum(sizes)  # the kernel leaves these as they were
-    return jnp.where(behind[:, None], 0, y[: rows.shape[0]])
+    return jnp.where(behind[:, None], 0, y)
 
 
 def outer_product(

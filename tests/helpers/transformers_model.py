@@ -17,7 +17,14 @@ for _function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt):
     _function(torch.ones(1))
 
 _OURS_ALONE = {"rope_scaling", "rope_theta", "index_precision", "mtp_input", "compute_dtype", "param_dtype"}
-_OURS_ALONE |= {"dense_attention_max_length", "attention_block_size", "remat", "scan_layers"}
+_OURS_ALONE |= {
+    "dense_attention_max_length",
+    "attention_block_size",
+    "remat",
+    "scan_layers",
+    "expert_exchange",
+    "expert_capacity",
+}
 _OURS_ALONE |= {"num_nextn_predict_layers"}
 _INDEXER_ALONE = {"index_n_heads", "index_head_dim", "index_topk"}
 

@@ -261,8 +261,12 @@ def test_debug_mode_names_the_expert():
     plain = expert_mlp(x, experts, weights, *matrices)
     with debug():
         np.testing.assert_array_equal(expert_mlp(x, experts, weights, *matrices), plain)
+        alone = expert_mlp(
+            x, np.where(experts == 1, 1, 3).astype(np.int32), weights, *matrices
+        )  # 3 is nobody
+        np.testing.assert_array_equal(alone, np.where(np.any(experts == 1, axis=1)[:, None], plain / 2, 0))
     for wrong, sentence in (
-        ((1, 3), r"expert_mlp: experts\[2\] has 3, and it should have numbers from 0 to 2"),
+        ((1, 4), r"expert_mlp: experts\[2\] has 4, and it should have numbers from 0 to 2, or 3 for none"),
         ((-1, 1), r"expert_mlp: experts\[2\] has -1, and it should"),
         ((1, 1), r"expert_mlp: experts\[2\] has 1 twice, and it should have numbers from 0 to 2, each once"),
     ):

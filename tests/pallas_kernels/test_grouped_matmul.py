@@ -11,7 +11,7 @@ from numerics import normal, quick_jit, relative
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.platform import UnsupportedError
 
-run = quick_jit(grouped_matmul, static_argnames=("implementation", "out_dtype"))
+run = quick_jit(grouped_matmul, static_argnames=("implementation", "out_dtype", "zero_behind"))
 on_every_platform = pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 SIZES = {
     "off the tile": [37, 150, 3, 110],
@@ -24,7 +24,7 @@ SIZES = {
 
 
 class Case:
-    """Behind the groups lie seven rows of nobody, except where one group has all."""
+    """Behind the groups lie seven rows of nobody, of which nothing must be read, except where one group has all."""
 
     def __init__(self, name: str, depth: int = 40, columns: int = 24, dtype=jnp.float32):
         self.sizes = np.array(SIZES[name], np.int32)
@@ -32,6 +32,8 @@ class Case:
         self.rows = jnp.asarray(normal(0, count, depth), dtype)
         self.matrices = jnp.asarray(normal(1, len(self.sizes), depth, columns), dtype)
         self.d_y = jnp.asarray(normal(2, count, columns), dtype)
+        nobody = (jnp.arange(count) >= int(self.sizes.sum()))[:, None]
+        self.rows, self.d_y = (jnp.where(nobody, jnp.nan, array) for array in (self.rows, self.d_y))
 
     def by_formula(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The product and both gradients."""
@@ -71,6 +73,16 @@ def test_product_and_gradients(name, implementation):
     for found, expected in zip(case.run(implementation), case.by_formula(), strict=True):
         assert found.dtype == jnp.float32
         assert_close(found, expected, 1e-6)
+
+
+@on_every_platform
+def test_what_is_behind_may_be_anything(implementation):
+    """The rows of the groups are those of a call that wants zeros behind them."""
+    case = Case("empty groups and rows behind the last")
+    options = {"implementation": implementation}
+    wanted = run(case.rows, case.matrices, case.sizes, **options)
+    found = run(case.rows, case.matrices, case.sizes, zero_behind=False, **options)
+    np.testing.assert_array_equal(found[: case.sizes.sum()], wanted[: case.sizes.sum()])
 
 
 @on_every_platform

@@ -4,7 +4,6 @@ import json
 import re
 from typing import NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -119,10 +118,9 @@ def test_the_newest_checkpoint_of_a_run(tmp_path, monkeypatch, dtype):
     (workdir / "data" / "tokenizer.json").write_text("{}")
     claim(RunConfig(model=config), workdir)
     store = CheckpointStore(workdir, keep=2)
-    data = iter(grain.MapDataset.range(100).to_iter_dataset())
     for step in (3, 7):
         model = random_model(config.freeze(), seed=step)
-        store.save(step, Saved(model, jnp.int32(step)), data)
+        store.save(step, Saved(model, jnp.int32(step)))
     store.close()
     export_checkpoint(workdir, tmp_path / "back", dtype=dtype, shard_bytes=3_000_000)
     assert open_sound_checkpoint(tmp_path / "back").config.model.hidden_size == 320

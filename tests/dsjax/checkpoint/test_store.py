@@ -1,9 +1,8 @@
-"""States come back as they were saved, with the place in the data, and never as another model's."""
+"""States come back as they were saved, and never as another model's."""
 
 import shutil
 from typing import NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,10 +29,6 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def batches():
-    return iter(grain.MapDataset.range(100).shuffle(3).repeat().batch(4).to_iter_dataset())
-
-
 def test_names_are_dotted_paths_and_lead_back():
     tree = state(1.0)
     leaves = named_leaves(tree)
@@ -41,20 +36,16 @@ def test_names_are_dotted_paths_and_lead_back():
     jax.tree.map(np.testing.assert_array_equal, from_named_leaves(abstract(tree), leaves), tree)
 
 
-def test_state_and_data_come_back_together(tmp_path):
-    store, data = CheckpointStore(tmp_path, keep=2), batches()
-    expected = [next(data) for _ in range(9)]
-    fresh = batches()
+def test_the_newest_states_come_back(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
     for step in range(1, 6):
-        next(fresh)
-        store.save(step, state(float(step)), fresh)
+        store.save(step, state(float(step)))
     store.close()
 
-    again, data = CheckpointStore(tmp_path, keep=2), batches()
+    again = CheckpointStore(tmp_path, keep=2)
     assert again.latest_step == 5
-    restored = again.restore(5, abstract(state(0.0)), data)
+    restored = again.restore(5, abstract(state(0.0)))
     jax.tree.map(np.testing.assert_array_equal, restored, state(5.0))
-    np.testing.assert_array_equal(next(data), expected[5])
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
     again.close()
 
@@ -64,20 +55,20 @@ def test_a_state_that_is_donated_while_it_is_being_saved_is_saved_as_it_was(tmp_
     advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     for step in range(1, 5):
         current = advance(current)
-        store.save(step, current, batches())
+        store.save(step, current)
         for _ in range(3):
             current = advance(current)
     store.close()
     again = CheckpointStore(tmp_path, keep=9)
     for step in range(1, 5):
-        restored = again.restore(step, abstract(current), batches())
+        restored = again.restore(step, abstract(current))
         np.testing.assert_array_equal(restored.model["w"], np.full((300, 20_000), 4 * step - 3))
     again.close()
 
 
 def test_a_part_can_be_read_alone(tmp_path):
     store = CheckpointStore(tmp_path, keep=1)
-    store.save(3, state(2.0), batches())
+    store.save(3, state(2.0))
     store.wait()
     part = store.restore_part(3, abstract(state(0.0).model), prefix="model")
     jax.tree.map(np.testing.assert_array_equal, part, state(2.0).model)
@@ -86,22 +77,22 @@ def test_a_part_can_be_read_alone(tmp_path):
 
 def test_another_model_is_refused_by_the_name_of_the_array(tmp_path):
     store = CheckpointStore(tmp_path, keep=1)
-    store.save(3, state(2.0), batches())
+    store.save(3, state(2.0))
     store.wait()
     with pytest.raises(ConfigError, match=r"model\.w with shape \(300, 1000\).*asks for \(300, 999\)"):
-        store.restore(3, abstract(state(0.0, width=999)), batches())
+        store.restore(3, abstract(state(0.0, width=999)))
     more = state(0.0)._replace(optimizer=(jnp.zeros(2),))
     with pytest.raises(ConfigError, match=r"lacks optimizer\.0"):
-        store.restore(3, abstract(more), batches())
+        store.restore(3, abstract(more))
     fewer = state(0.0)._replace(model={"w": jnp.zeros((300, 1000))})
     with pytest.raises(ConfigError, match=r"has the extra array model\.b"):
-        store.restore(3, abstract(fewer), batches())
+        store.restore(3, abstract(fewer))
     store.close()
 
 
 def test_reading_leaves_a_save_under_way_alone(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
-    store.save(3, state(2.0), batches())
+    store.save(3, state(2.0))
     store.close()
     under_way = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
     under_way.mkdir()
@@ -111,7 +102,7 @@ def test_reading_leaves_a_save_under_way_alone(tmp_path):
     reader.close()
     assert under_way.is_dir()
     writer = CheckpointStore(tmp_path, keep=2)
-    writer.save(5, state(1.0), batches())
+    writer.save(5, state(1.0))
     writer.close()
     assert not under_way.exists(), "the next training run clears what a kill left"
 
@@ -120,7 +111,7 @@ def test_reading_leaves_a_save_under_way_alone(tmp_path):
 def test_a_damaged_checkpoint_is_named_with_the_one_before_it(tmp_path, damage):
     store = CheckpointStore(tmp_path, keep=2)
     for step in (3, 4):
-        store.save(step, state(2.0), batches())
+        store.save(step, state(2.0))
     store.close()
     folder = tmp_path / "checkpoints" / "4"
     if damage == "cut short":
@@ -131,7 +122,7 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before_it(tmp_path, damage):
         folder.mkdir(exist_ok=True)
     again = CheckpointStore(tmp_path, keep=2)
     with pytest.raises(ConfigError, match=r"checkpoints/4 is damaged .*the run goes on from step 3"):
-        again.restore(4, abstract(state(0.0)), batches())
+        again.restore(4, abstract(state(0.0)))
     again.close()
 
 
@@ -142,7 +133,7 @@ def test_a_large_stack_is_stored_by_layers_and_experts(tmp_path):
     }
     tree = jax.tree.map(lambda shape: jnp.zeros(shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
     store = CheckpointStore(tmp_path, keep=1)
-    store.save(1, {"model": tree}, batches())
+    store.save(1, {"model": tree})
     store.close()
     names = ("moe_layers.mlp.experts.up_proj", "moe_layers.mlp.gate", "head")
     base = {"driver": "ocdbt", "base": f"file://{tmp_path}/checkpoints/1/state/"}

@@ -205,7 +205,7 @@ def test_batches_are_the_same_however_many_processes_read_them():
     mixture = Mixture([Counted("a", 5), Counted("b", 3)], [0.7, 0.3])
     alone = [mixture[number] for number in range(80)]
     for processes in (1, 2, 4):
-        rows = [ProcessRows(mixture, 8, index=index, processes=processes) for index in range(processes)]
         each = 8 // processes
+        rows = [ProcessRows(mixture, 8, range(first, first + each), 0) for first in range(0, 8, each)]
         batches = [[part[batch * each + row] for part in rows for row in range(each)] for batch in range(10)]
         assert [row for batch in batches for row in batch] == alone

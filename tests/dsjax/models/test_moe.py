@@ -241,7 +241,7 @@ def test_balance_statistics_leave_padding_out():
     load = [np.sum(experts[real] == i) for i in range(EXPERTS)]
     np.testing.assert_array_equal(stats.load, load)
     each = [balance_by_hand(Routing(experts[b, :n], None, scores[b, :n])) for b, n in enumerate(lengths[:2])]
-    assert float(stats.balance_loss) == pytest.approx(np.mean(each), rel=1e-6)
+    assert float(stats.balance_loss) == pytest.approx(np.sum(each), rel=1e-6)
 
 
 def test_balance_loss_is_one_when_the_load_is_even():

@@ -134,4 +134,6 @@ def test_an_exception_gives_the_terminal_back(monkeypatch, error):
     text = on_a_terminal(monkeypatch, body, error=error)
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is visible again"
     assert (sys.stdout, sys.stderr) == (stdout, stderr)
+    for thread in drawing():  # told to end, it may have a last breath to take
+        thread.join(timeout=10)
     assert not drawing()

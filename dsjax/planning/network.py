@@ -1,0 +1,154 @@
+"""What the collectives of a compiled program send, and how long the network takes for it."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dsjax.planning.chips import Chip
+from dsjax.planning.hlo import Instruction, Program, Run
+
+_KINDS = {
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+}
+
+
+class Collective(NamedTuple):
+    """One kind of message along some axes of the mesh, executed ``times`` a step."""
+
+    kind: str
+    axes: tuple[str, ...]
+    devices: int
+    result: str  # such as bf16[4,7168,2048]
+    largest: int  # numbers in the largest array of it
+    bytes: float  # that a device receives each time
+    times: int
+    seconds: float  # each time, at the network's limit
+    op_name: str
+
+
+def collective_of(program: Program, run: Run, mesh: Mesh, chip: Chip) -> Collective | None:
+    """What an instruction sends; None for one that is no collective."""
+    operands = [array.size_bytes for operand in program.operands_of(run) for array in operand.arrays]
+    instruction, attributes = run.instruction, run.instruction.rest
+    kind = instruction.opcode.removesuffix("-start")
+    fused = [] if kind != "fusion" else _fused_sum(program, instruction)
+    if fused:  # of a sum every device takes its part
+        kind, attributes = "reduce-scatter", fused[0].rest
+    if kind not in _KINDS:
+        return None
+    arrays = instruction.arrays
+    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+        arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
+    result = sum(array.size_bytes for array in arrays)
+    group = _group(attributes, kind, mesh.devices.size)
+    share = (len(group) - 1) / len(group)
+    received = {
+        "all-gather": result * share,
+        "all-reduce": 2 * result * share,
+        "reduce-scatter": sum(operands) * share,
+        "all-to-all": result * share,
+        "ragged-all-to-all": min(*operands[:1], result) * share,  # of the two sides, one has room to spare
+        "collective-permute": result,
+        "collective-broadcast": result,
+    }[kind]
+    largest = max(arrays, key=lambda array: array.size_bytes)
+    name = f"{largest.dtype}[{','.join(map(str, largest.shape))}]"
+    more = f" and {len(arrays) - 1} more" if len(arrays) > 1 else ""
+    return Collective(
+        kind,
+        _axes(group, mesh),
+        len(group),
+        name + more,
+        largest.size,
+        received,
+        run.times,
+        _seconds(kind, received, [mesh.devices.flat[number] for number in group], mesh, chip),
+        instruction.op_name,
+    )
+
+
+def _fused_sum(program: Program, fusion: Instruction) -> list[Instruction]:
+    called = program.computations[fusion.called("calls")[0]]
+    return [inner for inner in called.values() if inner.opcode == "all-reduce"]
+
+
+def _group(attributes: str, kind: str, devices: int) -> list[int]:
+    """The devices, by their number in the mesh, that exchange with the first."""
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
+        return [int(number) for number in pairs.groups()] if pairs else [0, 1]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        shape, source = ([int(n) for n in iota.group(place).split(",")] for place in (1, 2))
+        numbers = np.arange(devices).reshape(source)
+        if iota.group(3):
+            numbers = numbers.transpose([int(n) for n in iota.group(3).split(",")])
+        return numbers.reshape(shape)[0].tolist()
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    return [int(number) for number in listed.group(1).split(",")] if listed else list(range(devices))
+
+
+def _axes(group: Sequence[int], mesh: Mesh) -> tuple[str, ...]:
+    places = np.unravel_index(np.asarray(group), mesh.devices.shape)
+    return tuple(
+        name for name, place in zip(mesh.axis_names, places, strict=True) if len(set(place.tolist())) > 1
+    )
+
+
+def _seconds(kind: str, received: float, devices: list[Any], mesh: Mesh, chip: Chip) -> float:
+    if len(devices) == 1:
+        return 0.0
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if chip.devices_per_node:
+        return _through_nodes(kind, received, devices, chip)
+    if slices > 1:
+        return received / chip.outer_bandwidth
+    return _through_torus(kind, received, devices, mesh, chip)
+
+
+def _through_nodes(kind: str, received: float, devices: list[Any], chip: Chip) -> float:
+    """GPUs of a node have a network of their own; to others each has one card."""
+    nodes = [device.id // chip.devices_per_node for device in devices]
+    of_node, others = nodes.count(nodes[0]), len(nodes) - nodes.count(nodes[0])
+    outside = received * others / max(len(nodes) - 1, 1)
+    # What all of a node want from outside comes in once, through all of their cards.
+    shared = of_node if kind in ("all-gather", "all-reduce", "reduce-scatter") else 1
+    return max(received / chip.node_bandwidth, outside / shared / chip.outer_bandwidth)
+
+
+def _through_torus(kind: str, received: float, devices: list[Any], mesh: Mesh, chip: Chip) -> float:
+    """Over the links of each dimension in which the chips of the group differ.
+
+    What is gathered or added up goes round rings, of all dimensions at once. What is exchanged piece by piece goes on
+    average a quarter of the way round, or a third of the way along a dimension that does not close.
+    """
+    places = np.asarray([device.coords for device in devices])
+    extents = [len({device.coords[axis] for device in mesh.devices.flat}) for axis in range(places.shape[1])]
+    chips = len({tuple(place) for place in places.tolist()})
+    if chips == 1:
+        return received / (6 * chip.link_bandwidth)  # between the devices of a chip
+    # Devices of a chip that are not of one group share its links.
+    received *= chip.devices_per_chip / (len(devices) / chips)
+    links, slowest = 0.0, 0.0
+    for axis, extent in enumerate(extents):
+        distinct = sorted(set(places[:, axis].tolist()))
+        if len(distinct) == 1:
+            continue
+        stride = min(b - a for a, b in itertools.pairwise(distinct))
+        closes = len(distinct) * stride == extent and extent >= 4 and extent % 4 == 0
+        links += (2 if closes else 1) / stride
+        hops = len(distinct) / (8 if closes else 4)
+        slowest = max(slowest, hops * stride)
+    if kind in ("all-to-all", "ragged-all-to-all"):
+        return received * slowest / chip.link_bandwidth
+    return received / (links * chip.link_bandwidth)

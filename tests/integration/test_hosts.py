@@ -1,0 +1,206 @@
+"""One run in several processes on localhost: losses, a signal, a kill, and checkpoints that move between meshes."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from on_devices import environment
+
+from dsjax.observe.metrics import read
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 8
+SILENCE_SECONDS = 10
+
+
+class Processes(NamedTuple):
+    """Those of one run, and where what they say goes."""
+
+    running: list[subprocess.Popen]
+    logs: list[Path]
+
+    def wait(self, timeout: float = 600) -> list[int]:
+        """Their exit statuses."""
+        return [process.wait(timeout) for process in self.running]
+
+    def said(self, index: int) -> str:
+        return self.logs[index].read_text(errors="replace")
+
+    def wait_for(self, words: str, index: int = 0, timeout: float = 600) -> None:
+        end = time.monotonic() + timeout
+        while words not in self.said(index):
+            assert time.monotonic() < end, self.said(index)[-2000:]
+            assert self.running[index].poll() is None, self.said(index)[-2000:]
+            time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts the tiny run in so many processes of so many devices; data and compiled programs are shared."""
+    shared = tmp_path_factory.mktemp("shared")
+    everyone: list[subprocess.Popen] = []
+
+    def begin(
+        workdir: Path, processes: int = 1, devices: int = 1, only: int | None = None, **changes
+    ) -> Processes:
+        if not workdir.exists() and (shared / "data").exists():
+            shutil.copytree(shared / "data", workdir / "data")
+        values = {
+            "train.steps": STEPS,
+            "eval.every_steps": STEPS,
+            "eval.sample_tokens": 4,
+            "checkpoint.every_steps": 3,
+            "log.every_steps": 1,
+            "log.tensorboard": "false",
+            "log.compilation_cache": shared / "xla",
+            "hosts.silence_timeout_seconds": SILENCE_SECONDS,
+        } | {name.replace("__", "."): value for name, value in changes.items()}
+        flags = [f"--config.{name}={value}" for name, value in values.items()]
+        command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *flags]
+        address = f"localhost:{free_port()}"
+        started = Processes([], [])
+        for index in range(processes) if only is None else [only]:
+            several = {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+            log = workdir.parent / f"{workdir.name}-{len(everyone)}.log"
+            with log.open("w") as file:
+                process = subprocess.Popen(
+                    command,
+                    cwd=REPOSITORY,
+                    env=environment(devices) | {"PYTHONUNBUFFERED": "1"} | (several if processes > 1 else {}),
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            everyone.append(process)
+            started.running.append(process)
+            started.logs.append(log)
+        return started
+
+    alone = begin(tmp_path_factory.mktemp("alone") / "run")
+    assert alone.wait() == [0], alone.said(0)[-2000:]
+    shutil.copytree(alone.logs[0].parent / "run" / "data", shared / "data")
+    begin.alone = alone.logs[0].parent / "run"
+    yield begin
+    for process in everyone:
+        if process.poll() is None:
+            process.kill()
+
+
+def losses(workdir: Path) -> list[float]:
+    return [line["train/loss"] for line in read(workdir / "metrics.jsonl") if "train/loss" in line]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_losses_are_those_of_one_process(start, tmp_path, processes):
+    """But for the order of sums, which two processes do not have: they are those of two devices to the last bit."""
+    several = start(tmp_path / "several", processes)
+    assert several.wait() == [0] * processes, several.said(0)[-2000:]
+    for index in range(processes):
+        assert f"process {index} of {processes}: 1 of {processes} devices, cpu" in several.said(index)
+    speak = [index for index in range(processes) if "held-out loss" in several.said(index)]
+    assert speak == [0]
+    found = losses(tmp_path / "several")
+    assert len(found) == STEPS
+    assert found == pytest.approx(losses(start.alone), rel=2e-5)
+    if processes == 2:
+        one = start(tmp_path / "one", devices=processes)
+        assert one.wait() == [0], one.said(0)[-2000:]
+        for name in ("metrics.jsonl", "sample.txt"):
+            assert (tmp_path / "several" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_a_checkpoint_of_four_processes_goes_on_anywhere(start, tmp_path):
+    """SIGTERM to one: all save after the same step and end well. Then on 1, 2 and 8 devices, and in two processes."""
+    four = start(tmp_path / "four", 4, train__steps=10_000)
+    four.wait_for("step 3/", 0)
+    four.running[2].send_signal(signal.SIGTERM)
+    assert four.wait() == [0] * 4, four.said(0)[-2000:]
+    saved = int(re.search(r"SIGTERM: saved at step (\d+)", four.said(0)).group(1))
+    before = losses(tmp_path / "four")
+    assert len(before) == saved
+
+    whole = start(tmp_path / "whole", devices=4, train__steps=saved + 3)
+    assert whole.wait() == [0], whole.said(0)[-2000:]
+    expected = losses(tmp_path / "whole")
+    assert before == expected[:saved]
+    for processes, devices in ((1, 1), (1, 2), (1, 8), (2, 2)):
+        workdir = tmp_path / f"on-{processes}-{devices}"
+        shutil.copytree(tmp_path / "four", workdir)
+        again = start(workdir, processes, devices, train__steps=saved + 3)
+        assert again.wait() == [0] * processes, again.said(0)[-2000:]
+        assert f"resumed from the checkpoint of step {saved}" in again.said(0)
+        assert losses(workdir) == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_is_killed_and_the_others_end_and_the_command_goes_on(start, tmp_path):
+    for victim in (1, 0):
+        workdir = tmp_path / f"without-{victim}"
+        both = start(workdir, 2, train__steps=10_000)
+        both.wait_for("step 5/", 0)
+        both.running[victim].kill()
+        end = time.monotonic()
+        other = 1 - victim
+        assert both.running[other].wait(SILENCE_SECONDS + 30) != 0
+        assert time.monotonic() - end < SILENCE_SECONDS + 20
+        said = both.said(other)
+        lost = f"process {other} of 2 lost another one" in said
+        assert lost or "another task died; see the other task logs" in said, said[-2000:]
+        again = start(workdir, 2)
+        assert again.wait() == [0, 0], again.said(0)[-2000:]
+        assert "resumed from the checkpoint of step 3" in again.said(0) or "step 6" in again.said(0)
+        one = start(tmp_path / f"one-{victim}", devices=2)
+        assert one.wait() == [0]
+        assert (workdir / "metrics.jsonl").read_bytes() == (
+            tmp_path / f"one-{victim}" / "metrics.jsonl"
+        ).read_bytes()
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_missing_host_is_named(start, tmp_path, missing):
+    waiting = start(tmp_path / "run", 2, only=1 - missing, hosts__start_timeout_seconds=6)
+    began = time.monotonic()
+    assert waiting.wait(120) == [1]
+    assert time.monotonic() - began < 110  # most of it is starting Python, beside other tests
+    said = waiting.said(0)
+    assert f"process {1 - missing} of 2 waits for" in said
+    assert re.search(r"waited 6 s for .*localhost:\d+.*, in vain: .*nc -vz localhost \d+", said), said[-2000:]
+
+
+def test_half_of_the_variables_are_refused(tmp_path):
+    command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"]
+    for variables, words in (
+        (
+            {"JAX_NUM_PROCESSES": "2"},
+            "JAX_NUM_PROCESSES is set and JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID is not",
+        ),
+        (
+            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "localhost:1"},
+            "JAX_PROCESS_ID=2 must be less than JAX_NUM_PROCESSES=2",
+        ),
+        ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES=two in the environment"),
+    ):
+        run = subprocess.run(
+            command, cwd=REPOSITORY, env=os.environ | variables, capture_output=True, text=True
+        )
+        assert run.returncode == 2
+        assert words in run.stderr
+        assert len(run.stderr.strip().splitlines()) == 1
