@@ -33,18 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 PROGRAMS = ("sparse", "dense", "e4m3", "decode", "decode8", "fp8", "wgrad", "experts")
 SLOTS = ("MXU", "VALU", "VLOAD", "VSTORE")
-# What the compiler asks of a device. Source: CUDA's device query for this one
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 cuda_compute_capability { major: 9 }
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84929347584 clock_rate_ghz: 1.98
-}
-platform_name: "CUDA" runtime_version { major: 12 minor: 9 patch: 0 } dnn_version_info { major: 9 minor: 7 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 class TpuKernel(NamedTuple):
@@ -144,6 +132,8 @@ def compile_for(chip: str, program: Callable[[], Any]) -> tuple[str, ...]:
     import jax
     import numpy as np
     from jax.experimental import topologies
+
+    from dsjax.planning.topology import H100
 
     if chip == "h100":
         topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)

@@ -41,7 +41,7 @@ def _evaluate(config: RunConfig, workdir: Path) -> None:
         vocab_size=config.model.vocab_size,
         workdir=workdir,
         tokenizer=kept_tokenizer(workdir),
-        log=print if hosts.is_first() else lambda _: None,
+        log=hosts.say,
     )
     batches = heldout_batches(
         data,
@@ -59,14 +59,12 @@ def _evaluate(config: RunConfig, workdir: Path) -> None:
     }
     if hosts.is_first():
         (workdir / "eval.json").write_text(json.dumps(figures, indent=2) + "\n")
-        print(
-            f"step {step}: {loss.nats_per_token:.4f} nats a token, {loss.bits_per_byte:.4f} bits per byte "
-            f"over {loss.tokens:,} held-out tokens"
-        )
+    hosts.say(
+        f"step {step}: {loss.nats_per_token:.4f} nats a token, {loss.bits_per_byte:.4f} bits per byte "
+        f"over {loss.tokens:,} held-out tokens"
+    )
     if config.eval.sample_tokens:
-        text = complete(model, data.tokenizer, config.eval, seed=config.seed, mesh=mesh)
-        if hosts.is_first():
-            print(text)
+        hosts.say(complete(model, data.tokenizer, config.eval, seed=config.seed, mesh=mesh))
 
 
 def load_model(config: RunConfig, workdir: Path, mesh: Mesh | None = None) -> tuple[Transformer, int]:

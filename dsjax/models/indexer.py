@@ -37,30 +37,16 @@ class LightningIndexer(nnx.Module):
         self.config = config
         heads, width, std = config.index_n_heads, config.index_head_dim, config.initializer_range
         dtype = config.param_dtype
-        self.wq_b = Linear(
-            (config.q_lora_rank, heads, width),
-            ("q_lora", "index_heads", "index_head_dim"),
-            std=std,
-            param_dtype=dtype,
-            rngs=rngs,
+
+        def projection(shape, axes, *, keep=False):
+            return Linear(shape, axes, std=std, param_dtype=dtype, rngs=rngs, keep=keep)
+
+        self.wq_b = projection(
+            (config.q_lora_rank, heads, width), ("q_lora", "index_heads", "index_head_dim")
         )
-        self.wk = Linear(
-            (config.hidden_size, width),
-            ("embed", "index_head_dim"),
-            std=std,
-            param_dtype=dtype,
-            rngs=rngs,
-            keep=True,
-        )
+        self.wk = projection((config.hidden_size, width), ("embed", "index_head_dim"), keep=True)
         self.k_norm = LayerNorm(width, eps=1e-6, axis="index_head_dim")
-        self.weights_proj = Linear(
-            (config.hidden_size, heads),
-            ("embed", "index_heads"),
-            std=std,
-            param_dtype=dtype,
-            rngs=rngs,
-            keep=True,
-        )
+        self.weights_proj = projection((config.hidden_size, heads), ("embed", "index_heads"), keep=True)
 
     def query(self, x: Float[Array, "B T D"], q_latent: Float[Array, "B T Q"], rope: Rope) -> IndexQuery:
         """Index queries and head weights of the tokens ``x``."""

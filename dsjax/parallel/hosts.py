@@ -40,7 +40,7 @@ def together(config: HostsConfig) -> Iterator[None]:
             raise
         code = error.code if isinstance(error, SystemExit) else 2 if isinstance(error, ConfigError) else 1
         if not isinstance(error, SystemExit):
-            _say(_what_ended(error))
+            _complain(_what_ended(error))
         sys.stdout.flush()
         os._exit(code if isinstance(code, int) else 1)
     wait_for_all("the end")
@@ -58,6 +58,12 @@ def introduction() -> str:
 def is_first() -> bool:
     """Whether this is the process that writes files that are not each process's own, and speaks."""
     return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints ``text``, once for all processes."""
+    if is_first():
+        print(text)
 
 
 def wait_for_all(what: str) -> None:
@@ -119,11 +125,11 @@ def _watch(seconds: int) -> Iterator[None]:
     """Says for whom this process waits, and in the end that it waited in vain."""
 
     def end() -> None:
-        _say(_waited_in_vain(seconds))
+        _complain(_waited_in_vain(seconds))
         os._exit(1)
 
     def tell() -> None:
-        _say(f"{_own_name()} waits for {_awaited()}, at most {seconds} s")
+        _complain(f"{_own_name()} waits for {_awaited()}, at most {seconds} s")
 
     timers = [threading.Timer(seconds, end), threading.Timer(min(_SOON_SECONDS, seconds / 2), tell)]
     for timer in timers:
@@ -172,6 +178,6 @@ def _what_ended(error: BaseException) -> str:
     return f"{name} ended with {type(error).__name__}: {first}"
 
 
-def _say(text: str) -> None:
+def _complain(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()

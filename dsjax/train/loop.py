@@ -18,7 +18,7 @@ from dsjax.checkpoint.store import CheckpointStore, has_checkpoint
 from dsjax.config import ConfigError, RunConfig
 from dsjax.config.load import Command
 from dsjax.data.loader import heldout_batches, train_batches, train_windows
-from dsjax.data.run_data import Log, RunData, data_of_run
+from dsjax.data.run_data import RunData, data_of_run
 from dsjax.evals.heldout import heldout_loss
 from dsjax.inference.text import complete
 from dsjax.observe.metrics import MetricsWriter, SilentWriter
@@ -73,14 +73,14 @@ def _claimed(config: RunConfig, workdir: Path) -> Iterator[None]:
 def _data(config: RunConfig, workdir: Path) -> RunData:
     """Prepared by the first process, opened by all."""
 
-    def opened(log: Log) -> RunData:
+    def opened() -> RunData:
         size, tokenizer = config.model.vocab_size, kept_tokenizer(workdir)
-        return data_of_run(config.data, vocab_size=size, workdir=workdir, tokenizer=tokenizer, log=log)
+        return data_of_run(config.data, vocab_size=size, workdir=workdir, tokenizer=tokenizer, log=hosts.say)
 
     if not hosts.is_first():
         hosts.wait_for_all("the text is prepared")
-        return opened(lambda _: None)
-    data = opened(print)
+        return opened()
+    data = opened()
     workdirs.remember_text(data.fingerprint, workdir)
     hosts.wait_for_all("the text is prepared")
     return data
@@ -120,9 +120,8 @@ class Run:
         self.store = CheckpointStore(workdir, keep=config.checkpoint.keep)
         batch_size, length = config.train.batch_size, config.train.sequence_length
         windows = train_windows(data, config.data, sequence_length=length, seed=config.seed)
-        if hosts.is_first():
-            for part, own in zip(data.sets, windows.sets, strict=True):
-                print(f"data: {part.folder}: {own.packing()}")
+        for part, own in zip(data.sets, windows.sets, strict=True):
+            hosts.say(f"data: {part.folder}: {own.packing()}")
         self.windows, self.lies = windows, batch_sharding(mesh, batch_size)
         self.heldout = heldout_batches(
             data,
@@ -193,12 +192,10 @@ class Run:
             if self.initial is None:
                 return 0, initial_state(self.config, mesh=self.mesh)
             model = initial_model(self.config, self.initial, target.model)
-            if hosts.is_first():
-                print(f"weights from {self.config.init.hf or self.config.init.checkpoint}")
+            hosts.say(f"weights from {self.config.init.hf or self.config.init.checkpoint}")
             return 0, initial_state(self.config, model, mesh=self.mesh)
         state = self.store.restore(latest, target)
-        if hosts.is_first():
-            print(f"resumed from the checkpoint of step {latest}")
+        hosts.say(f"resumed from the checkpoint of step {latest}")
         return latest, state
 
     def _compiled_step(self, first: int) -> Any:

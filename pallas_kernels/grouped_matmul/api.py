@@ -24,11 +24,10 @@ def grouped_matmul(
     """``y[m] = rows[m] · matrices[g]`` for the ``sizes[g]`` rows m of group g; groups lie one behind the other.
 
     Rows behind the last group may hold anything, NaN too, and give zeros, or anything where not ``zero_behind``; sizes
-    must not add up to more than M (``platform.debug`` looks). The cost is
-    that of the rows, M · K · N, however they are spread over the groups; ``jax.lax.ragged_dot``, whose contract this
-    is, costs G times that on CPU and GPU, and on TPU in the gradient of the matrices. ``rows`` and ``matrices`` are
-    both bfloat16 or float32, accumulation is in float32, rounded once to ``out_dtype``, which is that of the rows where
-    it is None. Differentiable in both.
+    must not add up to more than M (``platform.debug`` looks). The cost is that of the rows, M · K · N, however they are
+    spread over the groups; ``jax.lax.ragged_dot``, whose contract this is, costs G times that on CPU and GPU, and on
+    TPU in the gradient of the matrices. ``rows`` and ``matrices`` are both bfloat16 or float32, accumulation is in
+    float32, rounded once to ``out_dtype``, which is that of the rows where it is None. Differentiable in both.
 
     Raises UnsupportedError for other dtypes, and for sizes that do not fit one another.
     """
