@@ -133,11 +133,12 @@ class ModelConfig(Freezable):
     # Tokens. Sequences up to this length attend in MHA form under a mask; longer ones gather the selected
     # keys (MQA form).
     dense_attention_max_length: int = 8192
-    # Queries that attend at a time, at most: short sequences are cut into smaller blocks.
+    # Queries that are scored against all keys at a time, at most: short sequences are cut into smaller blocks.
     attention_block_size: int = 1024
-    # What the backward pass recomputes beside attention, which it always does: nothing; each layer but attention's
-    # output and the products that cost most for their size; each layer whole.
-    remat: Literal["none", "layer", "full"] = "layer"
+    # What the backward pass computes again, beside each block of attention from its output: nothing; each layer, but
+    # attention's output and the products that cost most for their size; attention's output too, which in MQA form is
+    # large; all but a layer's input.
+    remat: Literal["none", "layer", "attention", "full"] = "layer"
     # One compiled layer in a loop, or each layer compiled for itself: faster steps, longer compilation.
     scan_layers: bool = True
     # On a mesh, how tokens come to the devices that have their experts: ragged sends each pair of a token and an expert

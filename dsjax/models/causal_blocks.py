@@ -35,14 +35,15 @@ def map_causal_blocks(
 ) -> PyTree:
     """``function(queries of one block, keys up to its end or later)`` over all blocks, joined along the tokens.
 
-    A block has ``block`` queries, or fewer in a short sequence. Leaves of ``queries`` and of the result are [B, T,
-    ...]; ``keys_up_to(n)`` gives the first n keys. With one stretch it is asked for the number of queries only, and
-    every block is given the same keys: for queries that are not all of a sequence's. Only what ``KEPT`` names lives
-    from a block's forward to its backward pass, and all of it is linear in T but the selection: k indices a query,
-    or one bit a key.
+    A block has ``block`` queries, or fewer in a short sequence. Leaves of ``queries`` are [B, T, ...], those of the
+    result too, or [B, T/n, ...] with one row for n queries, where n divides a block; ``keys_up_to(n)`` gives the first
+    n keys. With one stretch it is asked for the number of queries only, and every block is given the same keys: for
+    queries that are not all of a sequence's. Only what ``KEPT`` names lives from a block's forward to its backward
+    pass, and all of it is linear in T but the selection: k indices a query, or one bit a key.
     """
     length = jax.tree.leaves(queries)[0].shape[1]
-    block = min(block, max(_LEAST_QUERIES, length // _LEAST_BLOCKS[target()]))
+    least_blocks = _LEAST_BLOCKS[target()] if stretches > 1 else 1
+    block = min(block, max(_LEAST_QUERIES, length // least_blocks), length)
     blocks = -(-length // block)
     # The barrier keeps jaxlib 0.12.0 on CPUs from fusing bfloat16 products with the padding, which crashes.
     queries = jax.lax.optimization_barrier(_pad_tokens(queries, blocks * block - length))
@@ -52,8 +53,12 @@ def map_causal_blocks(
         stretch = _take_tokens(queries, first * block, last * block)
         keys = keys_up_to(min(last * block, length))
         results.append(_map_blocks(function, stretch, keys, last - first))
-    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *results)
-    return _take_tokens(joined, 0, length)
+
+    def joined(*parts: jax.Array) -> jax.Array:
+        rows = jnp.concatenate(parts, axis=1)
+        return rows[:, : -(-length // (blocks * block // rows.shape[1]))]
+
+    return jax.tree.map(joined, *results)
 
 
 def _stretches(blocks: int, most: int) -> list[tuple[int, int]]:

@@ -1,8 +1,8 @@
 """The chosen experts where rows go to the devices that have them: dropless, in rounds of a bounded size."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from dsjax.parallel.collectives import gather, part_of_sum, whole
 from dsjax.parallel.exchange import Exchange, Round, send
 from dsjax.parallel.rules import Axes
 from pallas_kernels.expert_mlp.sort import count, sort_by_expert
-from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_outer_product
 
 _LANES = 128  # of a TPU's tile
 Matrices = tuple[Array, Array, Array]  # gate and up [E/n, D, F], down [E/n, F, D]; of D this device's part
@@ -38,8 +38,9 @@ def experts_in_rounds(
     """``expert_mlp`` of this device's tokens, rounded once to their dtype; to be called by each device of the group.
 
     A row is sent for each (token, expert) pair and comes back as one. More than this device's own pairs and
-    ``how.capacity`` rows of others are never here, however uneven the loads: there are more rounds then. The backward
-    pass sends the rows once more.
+    ``how.capacity`` rows of others are never here, however uneven the loads: there are more rounds then. The first,
+    which mostly is the only one, stands outside of the loop, where other work can go on beside its messages. The
+    backward pass sends the rows once more.
     """
     return jnp.asarray(_in_rounds(how, x, experts, weights, matrices))
 
@@ -58,8 +59,9 @@ def _in_rounds(how: How, x: Array, experts: Array, weights: Array, matrices: Mat
         y = _weighted(_take(how, this, rows), _take(how, this, factors), *here, this.sizes)
         return _give(how, this, y, back)
 
-    y = jax.lax.fori_loop(0, exchange.rounds, one, jax.lax.empty(rows.shape, rows.dtype))
-    return own.sums(y).reshape(x.shape)
+    room, rows = _beside_room(rows, len(rows))
+    first = one(jnp.int32(0), room)
+    return own.sums(jax.lax.fori_loop(1, exchange.rounds, one, first)).reshape(x.shape)
 
 
 class _OwnPairs(NamedTuple):
@@ -106,9 +108,18 @@ def _in_tiles(rows: Float[Array, "M D"]) -> Float[Array, "M *tiles"]:
     return rows.reshape(len(rows), -1, _LANES) if rows.shape[1] % _LANES == 0 else rows[:, None]
 
 
+def _beside_room(rows: Array, count: int) -> tuple[Array, Array]:
+    """Undefined rows that what comes is written to, and ``rows``, which they are tied to.
+
+    XLA would make them once, before the loop over layers, and copy them in each layer.
+    """
+    room = jax.lax.empty((count, *rows.shape[1:]), rows.dtype)
+    return jax.lax.optimization_barrier((room, rows))
+
+
 def _take(how: How, this: Round, rows: Array) -> Array:
     """The rows that a round brings, by expert; what is behind them is undefined, and nothing depends on it."""
-    into = jax.lax.empty((how.capacity, *rows.shape[1:]), rows.dtype)
+    into, rows = _beside_room(rows, how.capacity)
     rows = send(rows, into, this.there, how.names)
     return rows if rows.ndim == 1 else rows.reshape(how.capacity, -1)
 
@@ -120,10 +131,24 @@ def _give(how: How, this: Round, rows: Array, back: Array) -> Array:
 
 def _weighted(rows, factors, gate_up, down, sizes) -> Float[Array, "R D"]:
     """Each row through the expert of its group, times its factor."""
-    product = functools.partial(grouped_matmul, sizes=sizes, zero_behind=False)
-    a, b = jnp.split(product(rows, gate_up, out_dtype=jnp.float32), 2, axis=1)
-    h = jax.nn.silu(a) * b * factors[:, None]
-    return product(h.astype(rows.dtype), down)
+    return _product(_inner(_product(rows, gate_up, sizes), factors), down, sizes)
+
+
+_product = functools.partial(grouped_matmul, zero_behind=False)
+
+
+def _inner(gate_up: Float[Array, "R 2F"], factors: Float[Array, "R"]) -> Float[Array, "R F"]:
+    a, b = (half.astype(jnp.float32) for half in jnp.split(gate_up, 2, axis=1))
+    return (jax.nn.silu(a) * b * factors[:, None]).astype(gate_up.dtype)
+
+
+def _weighted_backward(rows, factors, gate_up, down, sizes, d_y) -> tuple[Array, Array, list[Array]]:
+    """Gradients of rows, of factors, and, in float32, of both matrices."""
+    outer = functools.partial(grouped_outer_product, sizes=sizes, out_dtype=jnp.float32)
+    h, backward = jax.vjp(_inner, _product(rows, gate_up, sizes), factors)
+    d_gate_up, d_factors = backward(_product(d_y, down, sizes, transposed=True))
+    d_rows = _product(d_gate_up, gate_up, sizes, transposed=True)
+    return d_rows, d_factors, [outer(rows, d_gate_up), outer(h, d_y)]
 
 
 def _forward(how, x, experts, weights, matrices):
@@ -139,20 +164,19 @@ def _backward(how: How, residuals, d_y: Float[Array, "N D"]):
     )
     rows, factors, d_rows = own.rows_of(x), own.factors_of(weights), own.rows_of(d_y.astype(x.dtype))
 
-    def one(number: Array, carry: Any) -> Any:
-        (d_x, d_factors), d_here = carry
+    def one(number: Array, back: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         this = exchange.round(number)
-        weighted = functools.partial(_weighted, sizes=this.sizes)
-        backward: Callable[..., Any] = jax.vjp(
-            weighted, _take(how, this, rows), _take(how, this, factors), *here
-        )[1]
-        d_x_here, d_factors_here, *d_matrices = backward(_take(how, this, d_rows))
-        back = _give(how, this, d_x_here, d_x), _give(how, this, d_factors_here, d_factors)
-        return back, [total + d.astype(jnp.float32) for total, d in zip(d_here, d_matrices, strict=True)]
+        taken = _take(how, this, rows), _take(how, this, factors)
+        *d_pairs, d_here = _weighted_backward(*taken, *here, this.sizes, _take(how, this, d_rows))
+        return [_give(how, this, d, into) for d, into in zip(d_pairs, back, strict=True)], d_here
 
-    start = tuple(jax.lax.empty(pairs.shape, pairs.dtype) for pairs in (rows, factors))
-    zeros = [jnp.zeros(matrix.shape, jnp.float32) for matrix in here]
-    (d_x, d_factors), (d_gate_up, d_down) = jax.lax.fori_loop(0, exchange.rounds, one, (start, zeros))
+    def another(number: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
+        back, d_here = one(number, carry[0])
+        return back, jax.tree.map(jnp.add, carry[1], d_here)
+
+    room, rows = _beside_room(rows, len(rows))
+    first = one(jnp.int32(0), [room, jax.lax.empty(factors.shape, factors.dtype)])
+    (d_x, d_factors), (d_gate_up, d_down) = jax.lax.fori_loop(1, exchange.rounds, another, first)
     d_gate, d_up = jnp.split(part_of_sum(d_gate_up, how.up_lies), 2, axis=2)
     d_matrices = d_gate, d_up, part_of_sum(d_down, how.down_lies)
     d_matrices = tuple(d.astype(matrix.dtype) for d, matrix in zip(d_matrices, matrices, strict=True))

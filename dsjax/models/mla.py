@@ -18,14 +18,20 @@ from dsjax.models.rope import Rope, rotate_interleaved
 from dsjax.parallel.collectives import gather, per_device
 from dsjax.parallel.order import in_order, places
 from dsjax.parallel.rules import layout, names_at
+from pallas_kernels.blocks import round_up
 from pallas_kernels.dense_mla.api import dense_mla
 from pallas_kernels.indexer.api import index_scores
 from pallas_kernels.indexer_loss.api import dense_indexer_loss, sparse_indexer_loss
+from pallas_kernels.platform import target
 from pallas_kernels.residuals import SELECTION
+from pallas_kernels.selection import BITS
 from pallas_kernels.sparse_mla.api import sparse_mla
 from pallas_kernels.topk.api import select, topk_indices, topk_mask
 from pallas_kernels.visibility import Visibility
 
+# Blocks of queries that TPUs score one by one and attend to at once: for each call keys are packed, and gradients of
+# all of them added up.
+_BLOCKS_AT_ONCE = {"tpu": 4}
 _LATENT_EPS = 1e-6  # whatever rms_norm_eps is. Source: the released code and transformers
 
 
@@ -217,6 +223,16 @@ class MultiHeadLatentAttention(nnx.Module):
         scores = index_scores(index.q, index_key, index.w, visibility)
         return checkpoint_name(topk(scores, min(self.config.index_topk, scores.shape[-1])), SELECTION)
 
+    def _select_in_blocks(self, queries: _BlockQueries, keys: _Keys):
+        """The selected keys of all queries; of not so many queries at a time, as there is a score for each key."""
+
+        def select_keys(block: _BlockQueries, keys: _Keys):
+            visibility = Visibility(block.number, block.segment, keys.segment)
+            return self._select(block.queries.indexer, keys.index_key, visibility)
+
+        block = _scored_at_once(self.config)
+        return map_causal_blocks(select_keys, queries, lambda _: keys, block=block, stretches=1)
+
     def _attend_mha(self, queries: _BlockQueries, tokens: _Tokens, kv_b: Array, how: _How):
         """Keys and values unfolded once, masked attention in blocks; heads before tokens, as products like it."""
         config, scale, (latents, segment_ids) = self.config, self.config.softmax_scale, tokens
@@ -248,7 +264,8 @@ class MultiHeadLatentAttention(nnx.Module):
                 o, _ = dense_mla(q, k, v, visibility, scale=scale)
             return o.swapaxes(1, 2), kl
 
-        return self._map_blocks(attend, queries, keys_up_to, segment_ids.shape[1], how)
+        block = self.config.attention_block_size
+        return _map_blocks(attend, queries, keys_up_to, block, segment_ids.shape[1], how)
 
     def _attend_mqa(self, queries: _BlockQueries, tokens: _Tokens, kv_b: Array, how: _How):
         """Selected latents gathered, in blocks."""
@@ -260,14 +277,8 @@ class MultiHeadLatentAttention(nnx.Module):
         def attend(block: _BlockQueries, keys: _Keys):
             return self._sparse_block(block, keys, kv_b, with_loss=how.with_loss)
 
-        return self._map_blocks(attend, queries, keys_up_to, tokens.segment_ids.shape[1], how)
-
-    def _map_blocks(self, attend, queries: _BlockQueries, keys_up_to, length: int, how: _How):
-        """Over blocks of queries; where these are of the beginning and the end of a sequence, each with all keys."""
-        block = self.config.attention_block_size
-        if how.in_stretches:
-            return map_causal_blocks(attend, queries, keys_up_to, block=block)
-        return map_causal_blocks(attend, queries, lambda _: keys_up_to(length), block=block, stretches=1)
+        block = _scored_at_once(self.config) * _BLOCKS_AT_ONCE.get(target(), 1)
+        return _map_blocks(attend, queries, keys_up_to, block, tokens.segment_ids.shape[1], how)
 
     def _sparse_block(self, block: _BlockQueries, keys: _Keys, kv_b: Array, *, with_loss: bool):
         """One block of queries over the keys it selects, in absorbed form: head outputs and indexer KL."""
@@ -276,13 +287,25 @@ class MultiHeadLatentAttention(nnx.Module):
         w_uk, w_uv = jnp.split(kv_b.astype(dtype), [config.qk_nope_head_dim], axis=-1)
         q = jnp.concatenate([_of_each_head(block.queries.nope, "chp->hpc", w_uk), block.queries.pe], axis=-1)
         index, index_key = block.queries.indexer, keys.index_key
-        selection = self._select(index, index_key, Visibility(block.number, block.segment, keys.segment))
+        selection = self._select_in_blocks(block, keys)
         scale = config.softmax_scale
         o_latent, lse = sparse_mla(q, kv, selection, latent_dim=config.kv_lora_rank, scale=scale)
         o = _of_each_head(o_latent, "chv->hcv", w_uv)
         if index is None or index_key is None or not with_loss:
             return o, _no_loss(block.number)
         return o, sparse_indexer_loss(index.q, index_key, index.w, q, kv, lse, selection, scale=scale)
+
+
+def _map_blocks(attend, queries: _BlockQueries, keys_up_to, block: int, length: int, how: _How):
+    """Over blocks of queries; where these are of the beginning and the end of a sequence, each with all keys."""
+    if how.in_stretches:
+        return map_causal_blocks(attend, queries, keys_up_to, block=block)
+    return map_causal_blocks(attend, queries, lambda _: keys_up_to(length), block=block, stretches=1)
+
+
+def _scored_at_once(config: ModelConfig) -> int:
+    """Queries that are scored at a time, in whole words of a packed mask."""
+    return round_up(config.attention_block_size, BITS)
 
 
 def _of_each_head(

@@ -62,10 +62,12 @@ def rotate_interleaved(x: Float[Array, "B T *H R"], rope: Rope) -> Float[Array, 
 
     Pairs stay where they are, as in the released code, so a cached rotary key equals its own.
     """
-    cos, sin = _over_heads(x, rope)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+    cos, sin = (jnp.repeat(part, 2, axis=-1) for part in _over_heads(x, rope))
+    own = x.astype(jnp.float32)
+    is_first = jnp.arange(x.shape[-1]) % 2 == 0
+    # Not as an axis of pairs, which accelerators would move everything in memory for.
+    other = jnp.where(is_first, -jnp.roll(own, -1, axis=-1), jnp.roll(own, 1, axis=-1))
+    return (own * cos + other * sin).astype(x.dtype)
 
 
 def rotate_half(x: Float[Array, "B T *H R"], rope: Rope) -> Float[Array, "B T *H R"]:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from dsjax.models.causal_blocks import KEPT
 from dsjax.models.linear import PRODUCT
+from pallas_kernels.residuals import LSE, SELECTION
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -40,7 +41,10 @@ def rematerialise(function: Callable[..., Any], remat: str) -> Callable[..., Any
     """Wraps a layer's forward pass so that the backward pass recomputes what ``remat`` says."""
     if remat == "none":
         return function
-    kept = jax.checkpoint_policies.save_from_both_policies(
-        KEPT, jax.checkpoint_policies.save_only_these_names(PRODUCT)
-    )
-    return jax.checkpoint(function, policy=kept if remat == "layer" else None)
+    named = jax.checkpoint_policies.save_only_these_names
+    kept = {
+        "layer": jax.checkpoint_policies.save_from_both_policies(KEPT, named(PRODUCT)),
+        "attention": named(SELECTION, LSE, PRODUCT),
+        "full": None,
+    }
+    return jax.checkpoint(function, policy=kept[remat])

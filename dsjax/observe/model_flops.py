@@ -20,8 +20,10 @@ def active_matmul_params(config: ModelConfig) -> int:
 def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of a forward and a backward pass a token, nothing counted twice for being recomputed.
 
-    ``3 · (2 · active weights + attention)``; attention counts, at the mean over positions, every attended pair in the
-    cheaper (MHA) form. The indexer scores every causal pair once; its loss, and so its gradient, is of attended pairs.
+    ``3 · (2 · active weights + attention)``; attention counts, at the mean over positions, every attended pair, in the
+    form that sequences of this length have: MHA, or beyond ``dense_attention_max_length`` MQA, in which the V3.2-Exp
+    report defines sparse attention. The indexer scores every causal pair once; its loss, and so its gradient, is of
+    attended pairs.
     """
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     causal_pairs = (sequence_length + 1) / 2
@@ -32,7 +34,8 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
         attended_pairs = (k * (k + 1) / 2 + (sequence_length - k) * k) / sequence_length
         a_pair = 2 * config.index_n_heads * config.index_head_dim
         indexer_flops = a_pair * (causal_pairs + 2 * attended_pairs) / 3
-    head_flops = 2 * (config.qk_head_dim + config.v_head_dim)
+    is_mqa = config.has_indexer and sequence_length > config.dense_attention_max_length
+    head_flops = _mqa_flops(config) if is_mqa else 2 * (config.qk_head_dim + config.v_head_dim)
     attention = layers * (config.num_attention_heads * head_flops * attended_pairs + indexer_flops)
     return 3 * (2 * active_matmul_params(config) + attention)
 
@@ -44,10 +47,16 @@ def decode_flops_per_token(config: ModelConfig, context: int) -> float:
     """
     attended = min(config.index_topk, context) if config.has_indexer else context
     indexer = 2 * config.index_n_heads * config.index_head_dim * context if config.has_indexer else 0
-    width = 2 * config.kv_lora_rank + config.qk_rope_head_dim
     alone = dataclasses.replace(config, num_nextn_predict_layers=0)
-    attention = config.num_hidden_layers * (2 * config.num_attention_heads * width * attended + indexer)
+    attention = config.num_hidden_layers * (
+        config.num_attention_heads * _mqa_flops(config) * attended + indexer
+    )
     return 2 * active_matmul_params(alone) + attention
+
+
+def _mqa_flops(config: ModelConfig) -> int:
+    """Of a head for a pair: a latent and a rotary key, and the latent once more as the value."""
+    return 2 * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
 
 
 def _attention_params(config: ModelConfig) -> int:

@@ -79,7 +79,8 @@ def _send_by_gathering(rows: Array, into: Array, slices: Slices, names: Axes) ->
     """Everything on every device, for machines on which this is tried out."""
     rows, slices = jax.tree.map(lambda x: jax.lax.all_gather(x, names), (rows, slices))
     devices, place = rows.shape[0], jnp.arange(into.shape[0])
-    for device in range(devices):
+
+    def take(device: Array, into: Array) -> Array:
         start, size, start_there, _ = (
             part[device].reshape(devices, -1)[place_along(names)] for part in slices
         )
@@ -87,5 +88,6 @@ def _send_by_gathering(rows: Array, into: Array, slices: Slices, names: Axes) ->
         comes = (of_slice >= 0) & (of_slice < size[:, None])
         row = jnp.sum(jnp.where(comes, of_slice + start[:, None], 0), axis=0)
         any_comes = jnp.any(comes, axis=0).reshape(-1, *[1] * (into.ndim - 1))
-        into = jnp.where(any_comes, rows[device, row], into)
-    return into
+        return jnp.where(any_comes, rows[device, row], into)
+
+    return jax.lax.fori_loop(0, devices, take, into)

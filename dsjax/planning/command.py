@@ -21,6 +21,7 @@ from dsjax.planning.findings import brought_together, of_pairs
 from dsjax.planning.hlo import Program
 from dsjax.planning.memory import largest_of, memory_of
 from dsjax.planning.report import Plan, weigh
+from dsjax.planning.shares import computed_shares
 from dsjax.planning.topology import devices_of
 from dsjax.train.state import abstract_state
 from dsjax.train.step import lowered_step
@@ -134,8 +135,7 @@ def planned(config: RunConfig, topology: str, step: str = "train") -> tuple[Plan
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     program = Program(text)
-    exchanged = config.mesh.expert * config.mesh.tensor > 1
-    weighed = weigh(program, mesh, chip, expert_rows=1 / model.expert_capacity if exchanged else 1.0)
+    weighed = weigh(program, mesh, chip, computed_shares(config))
     tokens_here = tokens // train.accumulation_steps // len(devices)
     findings = brought_together(weighed.collectives, model)
     if step == "train":

@@ -63,6 +63,9 @@ class Run(NamedTuple):
     instruction: Instruction
     computation: str
     times: int
+    is_beside: bool = (
+        False  # by a processor of its own, such as a TPU's sparse cores, while the device does other work
+    )
 
 
 class Program:
@@ -71,7 +74,7 @@ class Program:
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
-        self.unknown_loops: set[str] = set()  # run once, it is assumed, as their count depends on data
+        self.unknown_loops: set[str] = set()  # whose count depends on data: they end at 1, it is assumed
         current: dict[str, Instruction] = {}
         for line in text.splitlines():
             if _INSTRUCTION.match(line):
@@ -84,24 +87,23 @@ class Program:
 
     def runs(self) -> Iterator[Run]:
         """Every instruction that is executed by itself: fusions, not what is fused in them."""
-        yield from self._runs(self.entry, 1)
+        yield from self._runs(self.entry, 1, is_beside=False)
 
-    def _runs(self, computation: str, times: int) -> Iterator[Run]:
+    def _runs(self, computation: str, times: int, *, is_beside: bool) -> Iterator[Run]:
         for instruction in self.computations[computation].values():
-            if instruction.opcode == "while":
-                trips = self._trips(computation, instruction)
-                yield from self._runs(instruction.called("body")[0], times * trips)
-            elif instruction.opcode == "conditional":
-                yield from self._runs(self._longest(instruction.called("branch_computations")), times)
-            elif instruction.opcode in (
-                "call",
-                "call-start",
-                "async-start",
-            ):  # what goes on beside counts too
-                called = instruction.called("to_apply") or instruction.called("calls")
-                yield from self._runs(called[0], times)
-            else:
-                yield Run(instruction, computation, times)
+            match instruction.opcode:
+                case "while":
+                    often = times * self._trips(computation, instruction)
+                    yield from self._runs(instruction.called("body")[0], often, is_beside=is_beside)
+                case "conditional":
+                    branch = self._longest(instruction.called("branch_computations"))
+                    yield from self._runs(branch, times, is_beside=is_beside)
+                case "call" | "call-start" | "async-start":
+                    called = instruction.called("to_apply") or instruction.called("calls")
+                    away = is_beside or instruction.attribute("async_execution_thread") is not None
+                    yield from self._runs(called[0], times, is_beside=away)
+                case _:
+                    yield Run(instruction, computation, times, is_beside)
 
     def _longest(self, branches: list[str]) -> str:
         return max(branches, key=lambda name: len(self.computations[name]))
@@ -123,15 +125,13 @@ class Program:
         root = next(i for i in condition.values() if i.is_root)
         sides = [condition.get(name) for name in root.operands]
         counter, end = sides if len(sides) == 2 else (None, None)
-        if (
-            root.attribute("direction") == "LT"
-            and (counter and counter.opcode == "get-tuple-element")
-            and (end and end.opcode == "constant")
-        ):
-            first = self._initial(computation, loop, int(counter.attribute("index") or 0))
+        is_counter = root.attribute("direction") == "LT" and counter and counter.opcode == "get-tuple-element"
+        place = int(counter.attribute("index") or 0) if counter and is_counter else None
+        first = 0 if place is None else self._initial(computation, loop, place)
+        if place is not None and end and end.opcode == "constant":
             return max(0, int(end.literal) - first)
         self.unknown_loops.add(loop.op_name or loop.name)
-        return 1
+        return max(0, 1 - first)
 
     def _initial(self, computation: str, loop: Instruction, place: int) -> int:
         """The counter's first value; 0 where it is not a number that is printed."""

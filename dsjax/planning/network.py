@@ -1,8 +1,9 @@
 """What the collectives of a compiled program send, and how long the network takes for it."""
 
+import collections
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +33,24 @@ class Collective(NamedTuple):
     largest: int  # numbers in the largest array of it
     bytes: float  # that a device receives each time
     times: int
-    seconds: float  # each time, at the network's limit
+    busy: dict[
+        str, float
+    ]  # seconds each time, at their limit, by parts of the network: x, y and z of a torus
     op_name: str
+
+    @property
+    def seconds(self) -> float:
+        """Each time, with the network to itself."""
+        return max(self.busy.values(), default=0.0)
+
+
+def busy_seconds(collectives: Iterable[Collective]) -> dict[str, float]:
+    """How long each part of the network works in a step. They work side by side: the longest is the network's time."""
+    sums: dict[str, float] = collections.defaultdict(float)
+    for collective in collectives:
+        for part, seconds in collective.busy.items():
+            sums[part] += seconds * collective.times
+    return dict(sums)
 
 
 def collective_of(program: Program, run: Run, mesh: Mesh, chip: Chip) -> Collective | None:
@@ -72,7 +89,7 @@ def collective_of(program: Program, run: Run, mesh: Mesh, chip: Chip) -> Collect
         largest.size,
         received,
         run.times,
-        _seconds(kind, received, [mesh.devices.flat[number] for number in group], mesh, chip),
+        _busy(kind, received, [mesh.devices.flat[number] for number in group], mesh, chip),
         instruction.op_name,
     )
 
@@ -105,29 +122,35 @@ def _axes(group: Sequence[int], mesh: Mesh) -> tuple[str, ...]:
     )
 
 
-def _seconds(kind: str, received: float, devices: list[Any], mesh: Mesh, chip: Chip) -> float:
+def _busy(kind: str, received: float, devices: list[Any], mesh: Mesh, chip: Chip) -> dict[str, float]:
     if len(devices) == 1:
-        return 0.0
+        return {}
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if chip.devices_per_node:
         return _through_nodes(kind, received, devices, chip)
     if slices > 1:
-        return received / chip.outer_bandwidth
+        return {"between slices": received / chip.outer_bandwidth}
     return _through_torus(kind, received, devices, mesh, chip)
 
 
-def _through_nodes(kind: str, received: float, devices: list[Any], chip: Chip) -> float:
+def _through_nodes(kind: str, received: float, devices: list[Any], chip: Chip) -> dict[str, float]:
     """GPUs of a node have a network of their own; to others each has one card."""
     nodes = [device.id // chip.devices_per_node for device in devices]
     of_node, others = nodes.count(nodes[0]), len(nodes) - nodes.count(nodes[0])
     outside = received * others / max(len(nodes) - 1, 1)
     # What all of a node want from outside comes in once, through all of their cards.
     shared = of_node if kind in ("all-gather", "all-reduce", "reduce-scatter") else 1
-    return max(received / chip.node_bandwidth, outside / shared / chip.outer_bandwidth)
+    busy = {
+        "in a node": received / chip.node_bandwidth,
+        "between nodes": outside / shared / chip.outer_bandwidth,
+    }
+    return {part: seconds for part, seconds in busy.items() if seconds}
 
 
-def _through_torus(kind: str, received: float, devices: list[Any], mesh: Mesh, chip: Chip) -> float:
-    """Over the links of each dimension in which the chips of the group differ.
+def _through_torus(
+    kind: str, received: float, devices: list[Any], mesh: Mesh, chip: Chip
+) -> dict[str, float]:
+    """The links of each dimension in which the chips of the group differ.
 
     What is gathered or added up goes round rings, of all dimensions at once. What is exchanged piece by piece goes on
     average a quarter of the way round, or a third of the way along a dimension that does not close.
@@ -136,10 +159,11 @@ def _through_torus(kind: str, received: float, devices: list[Any], mesh: Mesh, c
     extents = [len({device.coords[axis] for device in mesh.devices.flat}) for axis in range(places.shape[1])]
     chips = len({tuple(place) for place in places.tolist()})
     if chips == 1:
-        return received / (6 * chip.link_bandwidth)  # between the devices of a chip
-    # Devices of a chip that are not of one group share its links.
-    received *= chip.devices_per_chip / (len(devices) / chips)
-    links, slowest = 0.0, 0.0
+        return {"in a chip": received / (6 * chip.link_bandwidth)}
+    in_pieces = kind in ("all-to-all", "ragged-all-to-all")
+    # Devices of a chip share its links: what all of a group are to have comes to a chip once, all else for each.
+    received *= chip.devices_per_chip / (1 if in_pieces else len(devices) / chips)
+    links, hops = 0.0, {}
     for axis, extent in enumerate(extents):
         distinct = sorted(set(places[:, axis].tolist()))
         if len(distinct) == 1:
@@ -147,8 +171,7 @@ def _through_torus(kind: str, received: float, devices: list[Any], mesh: Mesh, c
         stride = min(b - a for a, b in itertools.pairwise(distinct))
         closes = len(distinct) * stride == extent and extent >= 4 and extent % 4 == 0
         links += (2 if closes else 1) / stride
-        hops = len(distinct) / (8 if closes else 4)
-        slowest = max(slowest, hops * stride)
-    if kind in ("all-to-all", "ragged-all-to-all"):
-        return received * slowest / chip.link_bandwidth
-    return received / (links * chip.link_bandwidth)
+        hops["xyz"[axis]] = len(distinct) / (8 if closes else 4) * stride
+    if in_pieces:
+        return {dimension: received * of_it / chip.link_bandwidth for dimension, of_it in hops.items()}
+    return dict.fromkeys(hops, received / (links * chip.link_bandwidth))

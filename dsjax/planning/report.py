@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from dsjax.planning.chips import Chip
 from dsjax.planning.costs import cost
 from dsjax.planning.hlo import Program
 from dsjax.planning.memory import Memory
-from dsjax.planning.network import Collective, collective_of
+from dsjax.planning.network import Collective, busy_seconds, collective_of
 
 _GIB = 2**30
 
@@ -43,7 +42,9 @@ class Plan:
     flops: float  # that the program has
     flops_seconds: float
     device_seconds: float  # products and memory, instruction by instruction
-    network_seconds: float
+    beside_seconds: float  # what a device's other processors do, such as a TPU's sparse cores
+    memory_seconds: float  # all bytes of both at the full bandwidth
+    network: dict[str, float]  # seconds that each part of it works
     peak_flops: float
     operations: tuple[Operation, ...]
     collectives: tuple[Collective, ...]
@@ -58,9 +59,14 @@ class Plan:
         return self.memory.total <= self.memory_limit
 
     @property
+    def network_seconds(self) -> float:
+        """Of the part of the network that works longest, all parts working side by side."""
+        return max(self.network.values(), default=0.0)
+
+    @property
     def seconds(self) -> float:
-        """Of a step at the limits, the network working beside everything else."""
-        return max(self.device_seconds, self.network_seconds)
+        """Of a step at the limits: the device, its other processors, its memory and the network side by side."""
+        return max(self.device_seconds, self.beside_seconds, self.memory_seconds, self.network_seconds)
 
     @property
     def mfu(self) -> float:
@@ -69,8 +75,9 @@ class Plan:
 
     @property
     def mfu_in_turn(self) -> float:
-        """The same where nothing is sent while something is computed."""
-        return self.model_flops / self.peak_flops / (self.device_seconds + self.network_seconds)
+        """The same where one begins when the other ends."""
+        seconds = self.device_seconds + self.beside_seconds + self.network_seconds
+        return self.model_flops / self.peak_flops / seconds
 
     def as_json(self) -> dict[str, Any]:
         """Everything, in bytes and seconds."""
@@ -80,6 +87,7 @@ class Plan:
         figures["collectives"] = [collective._asdict() for collective in self.collectives]
         return figures | {
             "fits": self.fits,
+            "network_seconds": self.network_seconds,
             "mfu": self.mfu,
             "mfu_in_turn": self.mfu_in_turn,
             "seconds": self.seconds,
@@ -91,6 +99,7 @@ class Plan:
         memory, peak = self.memory, self.peak_flops
         waiting = self.device_seconds - self.flops_seconds
         more = self.flops - self.model_flops
+        parts = ", ".join(f"{part} {seconds * 1e3:.1f}" for part, seconds in sorted(self.network.items()))
         found = [
             f"{self.topology}: {self.devices} devices, mesh {sizes}; {self.step} step of {self.sequences:,} sequences, "
             f"{self.tokens:,} tokens; compiled in {self.compile_seconds:.0f} s",
@@ -105,10 +114,12 @@ class Plan:
             f"  {'waiting for memory':<24}{waiting * 1e3:10.1f}  longest:",
             *(f"      {o.seconds * 1e3:8.1f} ms {o.bytes / 1e9:8.1f} GB  {o.name}" for o in self._waiting()),
             f"  {'device':<24}{self.device_seconds * 1e3:10.1f}",
-            f"  {'network':<24}{self.network_seconds * 1e3:10.1f}  beside the device, at best:",
+            f"  {'sparse cores':<24}{self.beside_seconds * 1e3:10.1f}  beside the device",
+            f"  {'memory':<24}{self.memory_seconds * 1e3:10.1f}  all of its traffic, beside products",
+            f"  {'network':<24}{self.network_seconds * 1e3:10.1f}  beside the device, at best: {parts}",
             *(f"      {line}" for line in self._sent()),
             "",
-            f"MFU {self.mfu:.1%} with all of the network's time hidden, {self.mfu_in_turn:.1%} with none of it",
+            f"MFU {self.mfu:.1%} with all of these side by side, {self.mfu_in_turn:.1%} with one after the other",
         ]  # fmt: skip
         found += [f"brought together or stored: {finding}" for finding in self.findings]
         if self.loops:
@@ -137,17 +148,15 @@ class Weighed(NamedTuple):
     flops: float
     flops_seconds: float
     device_seconds: float
-    network_seconds: float
+    beside_seconds: float
+    memory_seconds: float
+    network: dict[str, float]
 
 
-def weigh(program: Program, mesh: Mesh, chip: Chip, *, expert_rows: float) -> Weighed:
-    """Costs of a compiled step on one device.
-
-    Kernels of experts are compiled for so many rows as a device has room for; ``expert_rows`` is the share of them
-    that there are at even loads.
-    """
+def weigh(program: Program, mesh: Mesh, chip: Chip, shares: dict[str, float]) -> Weighed:
+    """Costs of a compiled step on one device; ``shares`` as ``computed_shares`` gives them."""
     operations: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
-    sums = [0.0, 0.0, 0.0]
+    all_flops, all_bytes, busy = 0.0, 0.0, {False: 0.0, True: 0.0}
     collectives = []
     for run in program.runs():
         collective = collective_of(program, run, mesh, chip)
@@ -155,22 +164,29 @@ def weigh(program: Program, mesh: Mesh, chip: Chip, *, expert_rows: float) -> We
             collectives.append(collective)
             continue
         flops, size = cost(program, run)
-        if re.search(r"gmm\)", run.instruction.op_name):
-            flops *= expert_rows
+        for name, share in shares.items():
+            if re.search(name, run.instruction.op_name):
+                flops *= share
         seconds = max(flops / chip.flops_per_second, size / chip.memory_bandwidth)
-        if not seconds:
-            continue
-        of_place = operations[_place(run.instruction.op_name) or run.instruction.opcode]
-        for number, value in enumerate((flops, size, seconds)):
-            of_place[number] += value * run.times
-            sums[number] += value * run.times
+        all_flops += flops * run.times
+        all_bytes += size * run.times
+        busy[run.is_beside] += seconds * run.times
+        if seconds and not run.is_beside:
+            of_place = operations[_place(run.instruction.op_name) or run.instruction.opcode]
+            for number, value in enumerate((flops, size, seconds)):
+                of_place[number] += value * run.times
     collectives.sort(key=lambda collective: -collective.seconds * collective.times)
-    found = sorted(
-        (Operation(name, *values) for name, values in operations.items()), key=lambda o: -o.seconds
-    )
-    network = math.fsum(collective.seconds * collective.times for collective in collectives)
     return Weighed(
-        tuple(found), tuple(collectives), sums[0], sums[0] / chip.flops_per_second, sums[2], network
+        tuple(
+            sorted((Operation(name, *sums) for name, sums in operations.items()), key=lambda o: -o.seconds)
+        ),
+        tuple(collectives),
+        flops=all_flops,
+        flops_seconds=all_flops / chip.flops_per_second,
+        device_seconds=busy[False],
+        beside_seconds=busy[True],
+        memory_seconds=all_bytes / chip.memory_bandwidth,
+        network=busy_seconds(collectives),
     )
 
 

@@ -24,7 +24,7 @@ def expert_mlp(
     sizes, order = count(experts, gate.shape[0]), sort_by_expert(experts)
     place = jnp.argsort(order)  # where each pair went
     rows = _dispatch(x, order, place)
-    a, b = (grouped_matmul(rows, matrix, sizes, out_dtype=jnp.float32) for matrix in (gate, up))
+    a, b = (grouped_matmul(rows, matrix, sizes).astype(jnp.float32) for matrix in (gate, up))
     y = grouped_matmul((jax.nn.silu(a) * b).astype(x.dtype), down, sizes)
     y = _permute(y, place, order).reshape(*experts.shape, -1)
     return jnp.einsum("nk,nkd->nd", weights, y.astype(jnp.float32))

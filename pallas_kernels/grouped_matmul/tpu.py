@@ -15,6 +15,7 @@ from pallas_kernels.platform import tpu_interpreter
 from pallas_kernels.shapes import Array, Float, Int
 
 _MOST_ROWS, _LEAST_ROWS, _WIDTH = 512, 128, 1024  # of a tile
+_MOST_ROWS_OF_FLOAT32 = 256
 
 
 def product(
@@ -49,6 +50,10 @@ def outer_product(
 ) -> Float[Array, "G K N"]:
     """``Σ_m rows[m]ᵀ d_y[m]`` over the rows of each group."""
     tile = _tile(rows.shape, d_y.shape[1], sizes)
+    if (
+        out_dtype == jnp.float32
+    ):  # two tiles of the result and their sums lie in 16 MB of VMEM with the operands
+        tile = min(tile[0], _MOST_ROWS_OF_FLOAT32), *tile[1:]
     rows, d_y = pad_axis(rows, 0, tile[0]), pad_axis(d_y, 0, tile[0])
     with _precision(rows):
         return tgmm(

@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import LANES, pad_axis
 from pallas_kernels.pairs import product
 from pallas_kernels.platform import tpu_cores, tpu_interpreter
+from pallas_kernels.residuals import LSE
 from pallas_kernels.selection import BITS
 from pallas_kernels.shapes import Array, Float, UInt32
 from pallas_kernels.softmax import LOG2_E, LOW, to_base_2
@@ -84,7 +86,7 @@ def _loss(index_q, index_k, index_w, q, kv, lse, selected, scale):
 
 def _loss_fwd(*arguments):
     kl, sums = _forward(*arguments)
-    return kl, (arguments[:-1], sums)
+    return kl, (arguments[:-1], checkpoint_name(sums, LSE))
 
 
 def _prepare(index_q, index_k, index_w, q, kv, lse, selected, cores: int = 1) -> tuple[_Operands, Sizes]:
@@ -125,6 +127,12 @@ def _specs(operands: _Operands, sizes: Sizes, block=lambda b, i: (b, i)) -> list
     ]
 
 
+def _cost(operands: _Operands, sizes: Sizes, products: int) -> pl.CostEstimate:
+    """Attention once, and so many products with index keys."""
+    index_columns = operands.index_w.shape[-1]
+    return cost(sizes, 2 * (sizes.columns * sizes.width + products * index_columns * sizes.index_width))
+
+
 def _scratch(sizes: Sizes) -> list:
     """A tile, its index keys, and for each key and query (four times over) ``p`` and ``I``."""
     pairs = pltpu.VMEM((KEYS, LANES), jnp.float32)
@@ -141,7 +149,7 @@ def _forward(index_q, index_k, index_w, q, kv, lse, selected, scale) -> tuple[Ar
         out_shape=jax.ShapeDtypeStruct((sizes.batch, sizes.blocks, _ROWS, LANES), jnp.float32),
         scratch_shapes=_scratch(sizes),
         compiler_params=compiler_params("parallel", "parallel"),
-        cost_estimate=cost(sizes, 2 * sizes.width),
+        cost_estimate=_cost(operands, sizes, products=1),
         interpret=tpu_interpreter(),
         name="indexer_loss",
     )(*operands)
@@ -289,7 +297,7 @@ def _loss_bwd(scale, residuals, d_kl):
         ],
         input_output_aliases={8: 1},
         compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"),
-        cost_estimate=cost(sizes, 2 * sizes.width),
+        cost_estimate=_cost(operands, sizes, products=4),
         interpret=tpu_interpreter(),
         name="indexer_loss_backward",
     )(

@@ -78,7 +78,7 @@ def _forward(q: Array, kv: Array, selected: Array, latent_dim: int, scale: float
             pltpu.VMEM((2, 1, sizes.columns), jnp.float32),
         ],
         compiler_params=compiler_params("parallel", "parallel"),
-        cost_estimate=cost(sizes, 2 * (sizes.width + sizes.latent)),
+        cost_estimate=cost(sizes, 2 * sizes.columns * (sizes.width + sizes.latent)),
         interpret=tpu_interpreter(),
         name="sparse_mla",
     )(operands.union, operands.q, operands.rows)
@@ -174,7 +174,7 @@ def _attend_bwd(latent_dim, scale, residuals, gradients):
         ],
         input_output_aliases={6: 1},
         compiler_params=compiler_params("parallel", "arbitrary", "arbitrary"),
-        cost_estimate=cost(sizes, 2 * (3 * sizes.width + 2 * sizes.latent)),
+        cost_estimate=cost(sizes, 2 * sizes.columns * (3 * sizes.width + 2 * sizes.latent)),
         interpret=tpu_interpreter(),
         name="sparse_mla_backward",
     )(

@@ -304,12 +304,15 @@ def compiler_params(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.Compi
     )
 
 
-def cost(sizes: Sizes, flops_per_pair: int) -> pl.CostEstimate:
-    """As if every block's union were a tile: the selection is not known when the program is made."""
+def cost(sizes: Sizes, flops_per_key: int) -> pl.CostEstimate:
+    """Of a block for a key, as if every block's union were a tile: the selection is not known when this is compiled."""
     blocks = sizes.batch * sizes.blocks
-    pairs = blocks * sizes.columns * KEYS
     memory = blocks * 4 * (sizes.columns * sizes.width + KEYS * sizes.row_words)
-    return pl.CostEstimate(flops=pairs * flops_per_pair, transcendentals=pairs, bytes_accessed=memory)
+    return pl.CostEstimate(
+        flops=blocks * KEYS * flops_per_key,
+        transcendentals=blocks * KEYS * sizes.columns,
+        bytes_accessed=memory,
+    )
 
 
 def columns_of(chunk: Int[Array, ""], sizes: Sizes):

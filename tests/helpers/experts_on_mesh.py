@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from numerics import quick_jit
 from small_run import small_model
 
 from dsjax.config import ModelConfig
@@ -40,7 +41,7 @@ def chosen(load: str, rng: np.random.Generator) -> jax.Array:
     return jnp.asarray(experts, jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def output_and_gradients(config: ModelConfig, d_y, experts, x, weights, *matrices) -> Any:
     """Of ``Σ y · d_y``."""
 

@@ -23,6 +23,7 @@ from dsjax.config.mesh import MeshConfig
 from dsjax.models.mla import MultiHeadLatentAttention
 from dsjax.parallel.mesh import build_mesh, check_fits
 from dsjax.parallel.placement import batch_sharding, rows_here, whole_batch
+from dsjax.train.losses import objective
 from dsjax.train.state import TrainState, initial_state
 from dsjax.train.step import build_train_step
 
@@ -87,7 +88,7 @@ def selections_noted(into: Selections) -> Any:
 
 
 def run(config: RunConfig, mesh: Mesh | None, steps: int) -> Ran:
-    """So many steps; the first is taken twice, the second time to note."""
+    """So many steps; what the first would select is noted before it, of a forward pass."""
     selections: Selections = collections.defaultdict(list)
     lies = batch_sharding(mesh, BATCH)
     state, losses = initial_state(config, mesh=mesh), []
@@ -98,7 +99,7 @@ def run(config: RunConfig, mesh: Mesh | None, steps: int) -> Ran:
 
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         with selections_noted(selections):
-            quick_jit(build_train_step(config))(state, whole(0))
+            quick_jit(objective, static_argnums=2)(state.model, whole(0), config.train)
             jax.effects_barrier()
         step = quick_jit(build_train_step(config))
         for number in range(steps):

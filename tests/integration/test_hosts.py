@@ -99,6 +99,9 @@ def start(tmp_path_factory):
     assert alone.wait() == [0], alone.said(0)[-2000:]
     shutil.copytree(alone.logs[0].parent / "run" / "data", shared / "data")
     begin.alone = alone.logs[0].parent / "run"
+    two = begin(alone.logs[0].parent / "two", devices=2)
+    assert two.wait() == [0], two.said(0)[-2000:]
+    begin.on_two_devices = alone.logs[0].parent / "two"
     yield begin
     for process in everyone:
         if process.poll() is None:
@@ -122,10 +125,8 @@ def test_losses_are_those_of_one_process(start, tmp_path, processes):
     assert len(found) == STEPS
     assert found == pytest.approx(losses(start.alone), rel=2e-5)
     if processes == 2:
-        one = start(tmp_path / "one", devices=processes)
-        assert one.wait() == [0], one.said(0)[-2000:]
         for name in ("metrics.jsonl", "sample.txt"):
-            assert (tmp_path / "several" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+            assert (tmp_path / "several" / name).read_bytes() == (start.on_two_devices / name).read_bytes()
 
 
 def test_a_checkpoint_of_four_processes_goes_on_anywhere(start, tmp_path):
@@ -141,7 +142,7 @@ def test_a_checkpoint_of_four_processes_goes_on_anywhere(start, tmp_path):
     whole = start(tmp_path / "whole", devices=4, train__steps=saved + 3)
     assert whole.wait() == [0], whole.said(0)[-2000:]
     expected = losses(tmp_path / "whole")
-    assert before == expected[:saved]
+    assert before == pytest.approx(expected[:saved], rel=1e-6)  # four add up in another order
     for processes, devices in ((1, 1), (1, 2), (1, 8), (2, 2)):
         workdir = tmp_path / f"on-{processes}-{devices}"
         shutil.copytree(tmp_path / "four", workdir)
@@ -167,11 +168,8 @@ def test_one_is_killed_and_the_others_end_and_the_command_goes_on(start, tmp_pat
         again = start(workdir, 2)
         assert again.wait() == [0, 0], again.said(0)[-2000:]
         assert "resumed from the checkpoint of step 3" in again.said(0) or "step 6" in again.said(0)
-        one = start(tmp_path / f"one-{victim}", devices=2)
-        assert one.wait() == [0]
-        assert (workdir / "metrics.jsonl").read_bytes() == (
-            tmp_path / f"one-{victim}" / "metrics.jsonl"
-        ).read_bytes()
+        expected = (start.on_two_devices / "metrics.jsonl").read_bytes()
+        assert (workdir / "metrics.jsonl").read_bytes() == expected
 
 
 @pytest.mark.parametrize("missing", [0, 1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numerics import normal, quick_jit, relative
 
-from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_outer_product
 from pallas_kernels.platform import UnsupportedError
 
 run = quick_jit(grouped_matmul, static_argnames=("implementation", "out_dtype", "zero_behind"))
@@ -47,9 +47,13 @@ class Case:
             d_matrices[group] = rows[own].T @ d_y[own]
         return y, d_rows, d_matrices
 
-    def run(self, implementation: str):
+    def run(self, implementation: str, *, transposed: bool = False):
         def product(rows, matrices):
-            return grouped_matmul(rows, matrices, self.sizes, implementation=implementation)
+            if transposed:
+                matrices = matrices.swapaxes(1, 2)
+            return grouped_matmul(
+                rows, matrices, self.sizes, transposed=transposed, implementation=implementation
+            )
 
         def both(rows, matrices, d_y):
             y, backward = jax.vjp(product, rows, matrices)
@@ -73,6 +77,25 @@ def test_product_and_gradients(name, implementation):
     for found, expected in zip(case.run(implementation), case.by_formula(), strict=True):
         assert found.dtype == jnp.float32
         assert_close(found, expected, 1e-6)
+
+
+@on_every_platform
+def test_transposed_matrices(implementation):
+    case = Case("off the tile")
+    for found, expected in zip(case.run(implementation, transposed=True), case.by_formula(), strict=True):
+        assert_close(found, expected, 1e-6)
+
+
+@on_every_platform
+def test_outer_products_of_bfloat16_in_float32(implementation):
+    case = Case("empty groups and rows behind the last", dtype=jnp.bfloat16)
+    found = quick_jit(
+        lambda *arguments: grouped_outer_product(
+            *arguments, out_dtype=jnp.float32, implementation=implementation
+        )
+    )(case.rows, case.d_y, case.sizes)
+    assert found.dtype == jnp.float32
+    assert_close(found, case.by_formula()[2], 1e-6)
 
 
 @on_every_platform
@@ -108,6 +131,8 @@ def test_what_does_not_fit_is_refused():
         grouped_matmul(case.rows, case.matrices.astype(jnp.bfloat16), case.sizes)
     with pytest.raises(UnsupportedError, match=r"sizes is int32\[2\].*G = 4 as in matrices"):
         grouped_matmul(case.rows, case.matrices, case.sizes[:2])
+    with pytest.raises(UnsupportedError, match=r"grouped_outer_product: others is float32\[300, 24\]"):
+        grouped_outer_product(case.rows, case.d_y[:300], case.sizes)
 
 
 def seconds(groups: int, *, gradient: bool) -> float:

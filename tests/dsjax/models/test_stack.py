@@ -22,7 +22,11 @@ def expected():
     return gradients(MODEL)
 
 
-@pytest.mark.parametrize("changes", [{"scan_layers": False}, {"remat": "layer"}, {"remat": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"scan_layers": False}, {"remat": "layer"}, {"remat": "attention"}, {"remat": "full"}],
+    ids=str,
+)
 def test_gradients_stay_the_same(expected, changes):
     found = gradients(with_config(MODEL, **changes))
     assert found.keys() == expected.keys()

@@ -21,7 +21,10 @@ def test_attention_counts_selected_pairs_only():
     attended = (2048 * 2049 / 2 + (131_072 - 2048) * 2048) / 131_072
     # Scores of all pairs forward, gradients of those that the loss is of.
     indexer = 2 * 64 * 128 * ((131_072 + 1) / 2 + 2 * attended)
-    expected = matmuls + 61 * (3 * 128 * 2 * (192 + 128) * attended + indexer)
+    expected = matmuls + 61 * (3 * 128 * 2 * (576 + 512) * attended + indexer)
+    assert train_flops_per_token(config, 131_072) == pytest.approx(expected, rel=1e-6)
+    config.dense_attention_max_length = 131_072  # in MHA form
+    expected += 61 * 3 * 128 * 2 * (192 + 128 - 576 - 512) * attended
     assert train_flops_per_token(config, 131_072) == pytest.approx(expected, rel=1e-6)
 
 

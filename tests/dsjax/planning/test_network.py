@@ -8,7 +8,7 @@ import pytest
 
 from dsjax.planning.chips import CHIPS
 from dsjax.planning.hlo import Program
-from dsjax.planning.network import _axes, _group, collective_of
+from dsjax.planning.network import Collective, _axes, _group, busy_seconds, collective_of
 
 GB = 1e9
 HLO = """HloModule step
@@ -28,11 +28,15 @@ def torus(*shape: int, per_chip: int = 1) -> np.ndarray:
     )
 
 
-def seconds(kind: str, operand: int, rows: int, groups: str, mesh, chip) -> float:
+def collective(kind: str, operand: int, rows: int, groups: str, mesh, chip) -> Collective:
     program = Program(HLO.format(kind=kind, operand=operand, rows=rows, groups=groups))
     found = [collective_of(program, run, mesh, chip) for run in program.runs()]
-    (collective,) = [c for c in found if c]
-    return collective.seconds
+    (only,) = [c for c in found if c]
+    return only
+
+
+def seconds(*arguments) -> float:
+    return collective(*arguments).seconds
 
 
 def mesh_of(devices: np.ndarray, **axes: int) -> Any:
@@ -87,6 +91,27 @@ def test_two_devices_of_a_chip_share_its_links():
     tpu7x = CHIPS["tpu7x"]
     assert seconds("all-gather", rows // 64, rows, one_of_each, mesh, tpu7x) == pytest.approx(
         2 * bytes_in / 600e9
+    )
+    # Both of all chips: what is gathered comes to a chip once, what is exchanged for each of its devices.
+    everybody = "[1,128]<=[128]"
+    rows = 128 * 100
+    bytes_in = rows * 7168 * 2 * 127 / 128
+    assert seconds("all-gather", 100, rows, everybody, mesh, tpu7x) == pytest.approx(bytes_in / 600e9)
+    assert seconds("all-to-all", rows, rows, everybody, mesh, tpu7x) == pytest.approx(
+        2 * bytes_in / 2 / 100e9
+    )
+
+
+def test_dimensions_work_side_by_side():
+    """An exchange in the planes x, y and a gathering along z are on different links."""
+    mesh = mesh_of(torus(4, 4, 8), plane=16, line=8)
+    rows = 16 * 1000
+    exchange = collective("all-to-all", rows, rows, "[8,16]<=[16,8]T(1,0)", mesh, V5P)
+    gathering = collective("all-gather", rows // 8, rows, "[16,8]<=[128]", mesh, V5P)
+    bytes_in = rows * 7168 * 2
+    busy = {"x": bytes_in * 15 / 16 / 2 / 100e9, "z": bytes_in * 7 / 8 / 200e9}
+    assert busy_seconds([exchange, gathering, gathering]) == pytest.approx(
+        {"x": busy["x"], "y": busy["x"], "z": 2 * busy["z"]}
     )
 
 
