@@ -16,10 +16,11 @@ from dsjax.config.config_file import choices, load_file
 from dsjax.config.overrides import apply
 from dsjax.observe.model_flops import decode_flops_per_token, train_flops_per_token
 from dsjax.parallel.mesh import build_mesh, check_fits
+from dsjax.planning.chips import Chip
 from dsjax.planning.decoding import abstract_decoding, lowered_decode
 from dsjax.planning.findings import brought_together, of_pairs
 from dsjax.planning.hlo import Program
-from dsjax.planning.memory import largest_of, memory_of
+from dsjax.planning.memory import memory_of, shard_bytes, temporaries_of
 from dsjax.planning.report import Plan, weigh
 from dsjax.planning.shares import computed_shares
 from dsjax.planning.topology import devices_of
@@ -50,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
     if not plan.fits:
-        total, limit = plan.memory.total / _GIB, plan.memory_limit / _GIB
-        name = max(plan.memory._fields, key=lambda field: getattr(plan.memory, field))
-        sys.stdout.write(f"does not fit: {total:.0f} of {limit:.0f} GiB, largest: {name}\n")
+        sys.stdout.write(_answer(plan.memory._asdict(), plan.memory_limit) + "\n")
         sys.exit(1)
 
 
@@ -131,7 +130,7 @@ def planned(config: RunConfig, topology: str, step: str = "train") -> tuple[Plan
     mesh, model, train = build_mesh(config.mesh, devices), config.model, config.train
     start = time.perf_counter()
     lowered, state, tokens, model_flops = STEPS[step](config, mesh)
-    compiled = _compiled(lowered)
+    compiled = _compiled(lowered, {name: shard_bytes(tree) for name, tree in state.items()}, chip)
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     program = Program(text)
@@ -159,13 +158,19 @@ def planned(config: RunConfig, topology: str, step: str = "train") -> tuple[Plan
     return plan, text
 
 
-def _compiled(lowered: jax.stages.Lowered) -> Any:
+def _compiled(lowered: jax.stages.Lowered, held: dict[str, int], chip: Chip) -> Any:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
-        if "RESOURCE_EXHAUSTED" not in text:
+        temporaries = temporaries_of(text)
+        if "RESOURCE_EXHAUSTED" not in text or temporaries is None:
             raise
-        largest = largest_of(text)
-        needs = " ".join(text.splitlines()[0].split())
-        raise DoesNotFit(f"does not fit: {needs}" + (f"; largest: {largest}" if largest else "")) from error
+        parts = {**held, "temporaries": temporaries}
+        sizes = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items())
+        raise DoesNotFit(_answer(parts, chip.memory_bytes) + f" ({sizes})") from error
+
+
+def _answer(parts: dict[str, int], limit: float) -> str:
+    total, largest = sum(parts.values()), max(parts, key=parts.__getitem__)
+    return f"does not fit: {total / _GIB:.0f} of {limit / _GIB:.0f} GiB, largest: {largest}"

@@ -76,7 +76,7 @@ def _is_written_in_rows(program: Program, body: dict[str, Instruction], value: I
     )
 
 
-def largest_of(error: str) -> str:
-    """What takes most, from the compiler's complaint that memory does not suffice; "" where it does not say."""
-    found = re.search(r"Size: ([\d.]+[KMG])\s.*?Shape: (\S+)", error, re.DOTALL)
-    return f"{found.group(1)} {found.group(2)}" if found else ""
+def temporaries_of(error: str) -> int | None:
+    """Bytes of a program's temporaries, from the compiler's complaint that they do not fit; None if it says no such."""
+    found = re.search(r"\(([\d.]+)([KMG])\) exceeds available HBM", error)
+    return int(float(found.group(1)) * 1024 ** (1 + "KMG".index(found.group(2)))) if found else None

@@ -170,6 +170,8 @@ def weigh(program: Program, mesh: Mesh, chip: Chip, shares: dict[str, float]) ->
         seconds = max(flops / chip.flops_per_second, size / chip.memory_bandwidth)
         all_flops += flops * run.times
         all_bytes += size * run.times
+        if run.instruction.opcode in ("copy-start", "slice-start"):  # goes on by itself, ahead of its use
+            continue
         busy[run.is_beside] += seconds * run.times
         if seconds and not run.is_beside:
             of_place = operations[_place(run.instruction.op_name) or run.instruction.opcode]
