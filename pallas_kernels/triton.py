@@ -35,6 +35,8 @@ def call(
 ) -> Sequence[Array]:
     """Runs ``kernel`` on whole arrays in device memory; ``stages`` is the depth of its software pipeline.
 
+    The backend drops ``cost``; its FLOPs stand in the operation's name, for those who read compiled programs.
+
     Raises UnsupportedError for an array of 2³¹ elements or more, whose places Triton's integers do not hold.
     """
     for array in (*operands, *out_shape):
@@ -43,7 +45,10 @@ def call(
                 f"{name}: an array {array.dtype}{list(array.shape)} has 2^31 elements or more, which the GPU kernel "
                 "cannot address: give it fewer queries or sequences at a time, or spread it over more devices"
             )
-    with jax.enable_x64(False):  # kernels count in 32 bits, whatever the program around them does
+    with (
+        jax.named_scope(f"flops={cost.flops}"),
+        jax.enable_x64(False),
+    ):  # kernels count in 32 bits, whatever the program around them does
         return pl.pallas_call(
             kernel,
             grid=grid,

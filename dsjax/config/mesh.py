@@ -20,9 +20,9 @@ class MeshConfig(Freezable):
     fsdp: int = 0
     # Shards of the routed experts, each with its own sequences; what is not an expert is sharded over it as over fsdp.
     expert: int = 1
-    # Pieces of a sequence.
+    # Pieces of a sequence; parameters are sharded over it as over fsdp.
     context: int = 1
-    # Shards of heads, of the inner width of feed-forwards, of the vocabulary and of the experts.
+    # Pieces of a sequence as well, and shards of the experts, of the vocabulary and of the weights of heads.
     tensor: int = 1
 
     def check(self) -> None:

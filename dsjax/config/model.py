@@ -133,7 +133,7 @@ class ModelConfig(Freezable):
     # Tokens. Sequences up to this length attend in MHA form under a mask; longer ones gather the selected
     # keys (MQA form).
     dense_attention_max_length: int = 8192
-    # Queries that are scored against all keys at a time, at most: short sequences are cut into smaller blocks.
+    # Queries that are scored against all keys at a time, at most, in whole 32s: short sequences have smaller blocks.
     attention_block_size: int = 1024
     # What the backward pass computes again, beside each block of attention from its output: nothing; each layer, but
     # attention's output and the products that cost most for their size; attention's output too, which in MQA form is

@@ -94,7 +94,7 @@ class Step(NamedTuple):
     """A program that has been lowered for a mesh, and what a plan says of it beside its costs."""
 
     lowered: jax.stages.Lowered
-    state: dict[str, Any]  # by the names of ``Memory``
+    state: dict[str, Any]  # model, and optimizer or cache
     tokens: int  # of all devices
     model_flops: float  # of all devices
 
@@ -130,11 +130,12 @@ def planned(config: RunConfig, topology: str, step: str = "train") -> tuple[Plan
     mesh, model, train = build_mesh(config.mesh, devices), config.model, config.train
     start = time.perf_counter()
     lowered, state, tokens, model_flops = STEPS[step](config, mesh)
-    compiled = _compiled(lowered, {name: shard_bytes(tree) for name, tree in state.items()}, chip)
+    held = {name.replace("model", "parameters"): shard_bytes(tree) for name, tree in state.items()}
+    compiled = _compiled(lowered, held, chip)
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     program = Program(text)
-    weighed = weigh(program, mesh, chip, computed_shares(config))
+    weighed = weigh(program, mesh, chip, computed_shares(config, chip, step))
     tokens_here = tokens // train.accumulation_steps // len(devices)
     findings = brought_together(weighed.collectives, model)
     if step == "train":
@@ -164,8 +165,10 @@ def _compiled(lowered: jax.stages.Lowered, held: dict[str, int], chip: Chip) -> 
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         temporaries = temporaries_of(text)
-        if "RESOURCE_EXHAUSTED" not in text or temporaries is None:
+        if "RESOURCE_EXHAUSTED" not in text:
             raise
+        if temporaries is None:
+            raise ConfigError(f"the compiler refuses the step: {' '.join(text.split())[:400]}") from error
         parts = {**held, "temporaries": temporaries}
         sizes = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items())
         raise DoesNotFit(_answer(parts, chip.memory_bytes) + f" ({sizes})") from error

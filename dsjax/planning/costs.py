@@ -108,6 +108,9 @@ def _kernel_flops(instruction: Instruction, operands: list[Array]) -> float:
     )
     if said:
         return float(said.group(1))
+    in_name = re.search(r"/flops=(\d+)/", instruction.op_name)  # of a kernel for GPUs (pallas_kernels.triton)
+    if in_name:
+        return float(in_name.group(1))
     if "cublas" in instruction.rest:
         contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest)
         places = [int(text.strip('"')) for text in contracted.group(1).split(",")] if contracted else []

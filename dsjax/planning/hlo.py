@@ -96,8 +96,10 @@ class Program:
                     often = times * self._trips(computation, instruction)
                     yield from self._runs(instruction.called("body")[0], often, is_beside=is_beside)
                 case "conditional":
-                    branch = self._longest(instruction.called("branch_computations"))
-                    yield from self._runs(branch, times, is_beside=is_beside)
+                    branches = instruction.called("branch_computations") or [
+                        name for of in ("true", "false") for name in instruction.called(f"{of}_computation")
+                    ]
+                    yield from self._runs(self._longest(branches), times, is_beside=is_beside)
                 case "call" | "call-start" | "async-start":
                     called = instruction.called("to_apply") or instruction.called("calls")
                     away = is_beside or instruction.attribute("async_execution_thread") is not None
@@ -124,6 +126,8 @@ class Program:
         condition = self.computations[loop.called("condition")[0]]
         root = next(i for i in condition.values() if i.is_root)
         sides = [condition.get(name) for name in root.operands]
+        if root.opcode == "fusion":  # on GPUs: of the comparison alone
+            root = self.root(root.called("calls")[0])
         counter, end = sides if len(sides) == 2 else (None, None)
         is_counter = root.attribute("direction") == "LT" and counter and counter.opcode == "get-tuple-element"
         place = int(counter.attribute("index") or 0) if counter and is_counter else None

@@ -163,13 +163,14 @@ def _through_torus(
     in_pieces = kind in ("all-to-all", "ragged-all-to-all")
     # Devices of a chip share its links: what all of a group are to have comes to a chip once, all else for each.
     received *= chip.devices_per_chip / (1 if in_pieces else len(devices) / chips)
+    rings = min(extent for extent in extents if extent > 1) % chip.closes_at == 0
     links, hops = 0.0, {}
     for axis, extent in enumerate(extents):
         distinct = sorted(set(places[:, axis].tolist()))
         if len(distinct) == 1:
             continue
         stride = min(b - a for a, b in itertools.pairwise(distinct))
-        closes = len(distinct) * stride == extent and extent >= 4 and extent % 4 == 0
+        closes = rings and len(distinct) * stride == extent and extent % chip.closes_at == 0
         links += (2 if closes else 1) / stride
         hops["xyz"[axis]] = len(distinct) / (8 if closes else 4) * stride
     if in_pieces:

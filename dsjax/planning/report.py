@@ -48,7 +48,7 @@ class Plan:
     peak_flops: float
     operations: tuple[Operation, ...]
     collectives: tuple[Collective, ...]
-    loops: tuple[str, ...]  # whose count depends on data: taken once
+    loops: tuple[str, ...]  # whose count depends on data: taken to end at 1
     findings: tuple[
         str, ...
     ]  # what no device should have: all experts, a whole vocabulary, a number for each pair
@@ -75,8 +75,9 @@ class Plan:
 
     @property
     def mfu_in_turn(self) -> float:
-        """The same where one begins when the other ends."""
-        seconds = self.device_seconds + self.beside_seconds + self.network_seconds
+        """The same where one begins when the other ends, and one message when the other has come."""
+        sent = sum(collective.seconds * collective.times for collective in self.collectives)
+        seconds = self.device_seconds + self.beside_seconds + sent
         return self.model_flops / self.peak_flops / seconds
 
     def as_json(self) -> dict[str, Any]:
@@ -123,7 +124,7 @@ class Plan:
         ]  # fmt: skip
         found += [f"brought together or stored: {finding}" for finding in self.findings]
         if self.loops:
-            found.append(f"taken once, as data decides: {', '.join(self.loops)}")
+            found.append(f"taken to end at 1, as data decides: {', '.join(self.loops)}")
         return found
 
     def _waiting(self) -> list[Operation]:

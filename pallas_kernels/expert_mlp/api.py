@@ -23,7 +23,8 @@ def expert_mlp(
 
     The K experts of a token differ (``platform.debug`` looks); E stands for none. Every pair is computed, none
     dropped, and no more than the pairs: the cost does not grow with the number of experts, nor with how unevenly they
-    are loaded. Products in the dtype of ``x`` with float32 accumulation. Differentiable in all but ``experts``.
+    are loaded. Products in the dtype of ``x`` with float32 accumulation, each rounded once to that dtype on TPU and
+    GPU. Differentiable in all but ``experts``.
 
     With ``layer`` the matrices are those of a stack of layers, and this one's are used: the reference then reads the
     chosen experts alone, where taking the layer out of the stack first would copy them all. For inference; the

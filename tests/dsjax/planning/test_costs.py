@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.planning.costs import _convolution_flops, cost
+from dsjax.planning.costs import _convolution_flops, _kernel_flops, cost
 from dsjax.planning.hlo import Array, Program, _parsed
 
 
@@ -60,6 +60,48 @@ def test_a_loop_that_data_ends_is_named_and_counts_once():
     program, _ = program_of(loop, (24, 24), (1,))
     assert flops_of(program) == 2 * 24**3
     assert len(program.unknown_loops) == 1
+
+
+def test_rounds_after_the_first_count_nothing():
+    """As experts have them: one outside of the loop, which begins at 1; the comparison is in a fusion of its own here, as for GPUs."""
+
+    def loop(x, count):
+        return jax.lax.fori_loop(1, count[0].astype(jnp.int32), lambda _, y: jnp.tanh(y @ y), jnp.tanh(x @ x))
+
+    program, _ = program_of(loop, (24, 24), (1,))
+    assert flops_of(program) == 2 * 24**3
+    assert len(program.unknown_loops) == 1
+
+
+def test_a_condition_that_is_true_or_false():
+    program = Program(
+        """HloModule step
+
+%yes (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %d = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%no (y: f32[8,8]) -> f32[8,8] {
+  ROOT %y = f32[8,8]{1,0} parameter(0)
+}
+
+ENTRY %main (p: pred[], z: f32[8,8]) -> f32[8,8] {
+  %p = pred[] parameter(0)
+  %z = f32[8,8]{1,0} parameter(1)
+  ROOT %c = f32[8,8]{1,0} conditional(%p, %z, %z), true_computation=%yes, false_computation=%no
+}
+"""
+    )
+    assert flops_of(program) == 2 * 8**3
+
+
+def test_kernels_for_gpus_say_in_their_place_what_they_compute():
+    line = (
+        '  %k = f32[8]{0} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", '
+        'metadata={op_name="jit(step)/flops=1234/grouped_matmul/pallas_call"}'
+    )
+    assert _kernel_flops(_parsed(line), []) == 1234
 
 
 def test_as_xla_counts():
