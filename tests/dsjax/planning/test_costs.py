@@ -63,7 +63,7 @@ def test_a_loop_that_data_ends_is_named_and_counts_once():
 
 
 def test_rounds_after_the_first_count_nothing():
-    """As experts have them: one outside of the loop, which begins at 1; the comparison is in a fusion of its own here, as for GPUs."""
+    """As experts have them: the first is outside of the loop. Compared in a fusion of its own, here as on GPUs."""
 
     def loop(x, count):
         return jax.lax.fori_loop(1, count[0].astype(jnp.int32), lambda _, y: jnp.tanh(y @ y), jnp.tanh(x @ x))
