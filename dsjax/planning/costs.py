@@ -19,7 +19,7 @@ _FREE = {
     "replica-id",
     "after-all",
 }
-_FREE |= {"iota", "opt-barrier"}
+_FREE |= {"iota", "opt-barrier", "send", "recv"}
 _ENDS = ("-done", "-update")  # of what is counted where it starts
 
 

@@ -61,6 +61,8 @@ def collective_of(program: Program, run: Run, mesh: Mesh, chip: Chip) -> Collect
     fused = [] if kind != "fusion" else _fused_sum(program, instruction)
     if fused:  # of a sum every device takes its part
         kind, attributes = "reduce-scatter", fused[0].rest
+    if kind == "recv" and "xla_megascale_runtime" in attributes:
+        return _between_slices(run, mesh, chip)
     if kind not in _KINDS:
         return None
     arrays = instruction.arrays
@@ -92,6 +94,17 @@ def collective_of(program: Program, run: Run, mesh: Mesh, chip: Chip) -> Collect
         _busy(kind, received, [mesh.devices.flat[number] for number in group], mesh, chip),
         instruction.op_name,
     )
+
+
+def _between_slices(run: Run, mesh: Mesh, chip: Chip) -> Collective:
+    """Of a sum over slices, which hosts exchange for their devices, a device's part."""
+    array = run.instruction.arrays[0]
+    slices = len({device.slice_index for device in mesh.devices.flat})
+    received = 2 * array.size_bytes * (slices - 1) / slices
+    name = f"{array.dtype}[{','.join(map(str, array.shape))}]"
+    busy = {"between slices": received / chip.outer_bandwidth}
+    op_name = run.instruction.op_name
+    return Collective("all-reduce", ("data",), slices, name, array.size, received, run.times, busy, op_name)
 
 
 def _fused_sum(program: Program, fusion: Instruction) -> list[Instruction]:

@@ -115,6 +115,23 @@ def test_dimensions_work_side_by_side():
     )
 
 
+def test_slices():
+    """A sum over three slices: two thirds come in and go out again, over the device's share of the outer network."""
+    devices = np.array([SimpleNamespace(id=i, coords=(i % 4, 0, 0), slice_index=i // 4) for i in range(12)])
+    program = Program(
+        """HloModule step
+
+ENTRY %main (t: token[]) -> (f32[1000,128], u32[], token[]) {
+  %t = token[] after-all()
+  ROOT %r = (f32[1000,128]{1,0}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, """
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}\n}\n'
+    )
+    mesh = mesh_of(devices, data=3, fsdp=4)
+    (only,) = [c for run in program.runs() if (c := collective_of(program, run, mesh, V5P))]
+    assert only.busy == pytest.approx({"between slices": 2 * 1000 * 128 * 4 * 2 / 3 / 6.25e9})
+    assert (only.axes, only.devices) == (("data",), 3)
+
+
 def test_nodes():
     """Of 16 GPUs in two nodes, 8 of 15 parts come from outside: through the cards of all of a node, or through one."""
     devices = np.array([SimpleNamespace(id=i) for i in range(16)], object)
