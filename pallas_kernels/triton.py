@@ -45,10 +45,8 @@ def call(
                 f"{name}: an array {array.dtype}{list(array.shape)} has 2^31 elements or more, which the GPU kernel "
                 "cannot address: give it fewer queries or sequences at a time, or spread it over more devices"
             )
-    with (
-        jax.named_scope(f"flops={cost.flops}"),
-        jax.enable_x64(False),
-    ):  # kernels count in 32 bits, whatever the program around them does
+    # Kernels count in 32 bits, whatever the program around them does.
+    with jax.named_scope(f"flops={cost.flops}"), jax.enable_x64(False):
         return pl.pallas_call(
             kernel,
             grid=grid,

@@ -144,7 +144,7 @@ def _fusion_traffic(program: Program, fusion: Instruction, operands: list[Instru
             continue
         whole = sum(_in_memory(array) for array in operands[int(inner.literal)].arrays)
         total += min(whole, _read_of(called, inner)) if whole else 0.0
-    root = next(i for i in called.values() if i.is_root)
+    root = program.root(fusion.called("calls")[0])
     roots = [called[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for array, written in zip(fusion.arrays, roots, strict=False):
         updated = _behind(called, written)

@@ -19,6 +19,10 @@ class Array(NamedTuple):
     shape: tuple[int, ...]
     space: int
 
+    def __str__(self) -> str:
+        """As XLA writes it."""
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
     @property
     def size(self) -> int:
         """Numbers in it."""
@@ -124,7 +128,7 @@ class Program:
         if known:
             return int(known.group(1))
         condition = self.computations[loop.called("condition")[0]]
-        root = next(i for i in condition.values() if i.is_root)
+        root = self.root(loop.called("condition")[0])
         sides = [condition.get(name) for name in root.operands]
         if root.opcode == "fusion":  # on GPUs: of the comparison alone
             root = self.root(root.called("calls")[0])

@@ -56,7 +56,7 @@ def _kept_by_loops(program: Program) -> tuple[int, int]:
     for loop in (i for computation in program.computations.values() for i in computation.values()):
         if loop.opcode == "while" and re.search(r"jvp\(\)\)?/while$", loop.op_name):
             body = program.computations[loop.called("body")[0]]
-            root = next(i for i in body.values() if i.is_root)
+            root = program.root(loop.called("body")[0])
             backward = "transpose(" in loop.op_name
             for place, name in enumerate(root.operands):
                 if place < len(loop.arrays) and _is_written_in_rows(program, body, body[name]):

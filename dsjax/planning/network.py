@@ -81,13 +81,12 @@ def collective_of(program: Program, run: Run, mesh: Mesh, chip: Chip) -> Collect
         "collective-broadcast": result,
     }[kind]
     largest = max(arrays, key=lambda array: array.size_bytes)
-    name = f"{largest.dtype}[{','.join(map(str, largest.shape))}]"
     more = f" and {len(arrays) - 1} more" if len(arrays) > 1 else ""
     return Collective(
         kind,
         _axes(group, mesh),
         len(group),
-        name + more,
+        f"{largest}{more}",
         largest.size,
         received,
         run.times,
@@ -101,10 +100,11 @@ def _between_slices(run: Run, mesh: Mesh, chip: Chip) -> Collective:
     array = run.instruction.arrays[0]
     slices = len({device.slice_index for device in mesh.devices.flat})
     received = 2 * array.size_bytes * (slices - 1) / slices
-    name = f"{array.dtype}[{','.join(map(str, array.shape))}]"
     busy = {"between slices": received / chip.outer_bandwidth}
     op_name = run.instruction.op_name
-    return Collective("all-reduce", ("data",), slices, name, array.size, received, run.times, busy, op_name)
+    return Collective(
+        "all-reduce", ("data",), slices, str(array), array.size, received, run.times, busy, op_name
+    )
 
 
 def _fused_sum(program: Program, fusion: Instruction) -> list[Instruction]:

@@ -50,9 +50,8 @@ def outer_product(
 ) -> Float[Array, "G K N"]:
     """``Σ_m rows[m]ᵀ d_y[m]`` over the rows of each group."""
     tile = _tile(rows.shape, d_y.shape[1], sizes)
-    if (
-        out_dtype == jnp.float32
-    ):  # two tiles of the result and their sums lie in 16 MB of VMEM with the operands
+    # Two tiles of the result and their sums lie in 16 MB of VMEM with the operands.
+    if out_dtype == jnp.float32:
         tile = min(tile[0], _MOST_ROWS_OF_FLOAT32), *tile[1:]
     rows, d_y = pad_axis(rows, 0, tile[0]), pad_axis(d_y, 0, tile[0])
     with _precision(rows):
