@@ -19,7 +19,7 @@ from dsjax.observe.metrics import read
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
-STEPS = 8
+STEPS, STEPS_ALONE = 8, 16
 SILENCE_SECONDS = 10
 
 
@@ -95,7 +95,7 @@ def start(tmp_path_factory):
             started.logs.append(log)
         return started
 
-    alone = begin(tmp_path_factory.mktemp("alone") / "run")
+    alone = begin(tmp_path_factory.mktemp("alone") / "run", train__steps=STEPS_ALONE)
     assert alone.wait() == [0], alone.said(0)[-2000:]
     shutil.copytree(alone.logs[0].parent / "run" / "data", shared / "data")
     begin.alone = alone.logs[0].parent / "run"
@@ -112,21 +112,29 @@ def losses(workdir: Path) -> list[float]:
     return [line["train/loss"] for line in read(workdir / "metrics.jsonl") if "train/loss" in line]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_losses_are_those_of_one_process(start, tmp_path, processes):
-    """But for the order of sums, which two processes do not have: they are those of two devices to the last bit."""
-    several = start(tmp_path / "several", processes)
-    assert several.wait() == [0] * processes, several.said(0)[-2000:]
-    for index in range(processes):
-        assert f"process {index} of {processes}: 1 of {processes} devices, cpu" in several.said(index)
-    speak = [index for index in range(processes) if "held-out loss" in several.said(index)]
-    assert speak == [0]
-    found = losses(tmp_path / "several")
-    assert len(found) == STEPS
-    assert found == pytest.approx(losses(start.alone), rel=2e-5)
-    if processes == 2:
-        for name in ("metrics.jsonl", "sample.txt"):
-            assert (tmp_path / "several" / name).read_bytes() == (start.on_two_devices / name).read_bytes()
+def assert_one_speaks(run: Processes) -> None:
+    """Each says who it is, and the first alone what the run does."""
+    count = len(run.running)
+    for index in range(count):
+        assert f"process {index} of {count}: 1 of {count} devices, cpu" in run.said(index)
+    assert [index for index in range(count) if "held-out loss" in run.said(index)] == [0]
+
+
+def assert_as_alone(start, workdir: Path, steps: int) -> None:
+    """But for the order of sums, losses are those of one process with one device."""
+    found = losses(workdir)
+    assert len(found) == steps
+    assert found == pytest.approx(losses(start.alone)[:steps], rel=2e-5)
+
+
+def test_losses_are_those_of_one_process(start, tmp_path):
+    """Two processes add up in the order of two devices: they are the same to the last bit."""
+    two = start(tmp_path / "two", 2)
+    assert two.wait() == [0, 0], two.said(0)[-2000:]
+    assert_one_speaks(two)
+    assert_as_alone(start, tmp_path / "two", STEPS)
+    for name in ("metrics.jsonl", "sample.txt"):
+        assert (tmp_path / "two" / name).read_bytes() == (start.on_two_devices / name).read_bytes()
 
 
 def test_a_checkpoint_of_four_processes_goes_on_anywhere(start, tmp_path):
@@ -135,21 +143,16 @@ def test_a_checkpoint_of_four_processes_goes_on_anywhere(start, tmp_path):
     four.wait_for("step 3/", 0)
     four.running[2].send_signal(signal.SIGTERM)
     assert four.wait() == [0] * 4, four.said(0)[-2000:]
+    assert_one_speaks(four)
     saved = int(re.search(r"SIGTERM: saved at step (\d+)", four.said(0)).group(1))
-    before = losses(tmp_path / "four")
-    assert len(before) == saved
-
-    whole = start(tmp_path / "whole", devices=4, train__steps=saved + 3)
-    assert whole.wait() == [0], whole.said(0)[-2000:]
-    expected = losses(tmp_path / "whole")
-    assert before == pytest.approx(expected[:saved], rel=1e-6)  # four add up in another order
+    assert_as_alone(start, tmp_path / "four", saved)
     for processes, devices in ((1, 1), (1, 2), (1, 8), (2, 2)):
         workdir = tmp_path / f"on-{processes}-{devices}"
         shutil.copytree(tmp_path / "four", workdir)
         again = start(workdir, processes, devices, train__steps=saved + 3)
         assert again.wait() == [0] * processes, again.said(0)[-2000:]
         assert f"resumed from the checkpoint of step {saved}" in again.said(0)
-        assert losses(workdir) == pytest.approx(expected, rel=1e-5)
+        assert_as_alone(start, workdir, saved + 3)
 
 
 def test_one_is_killed_and_the_others_end_and_the_command_goes_on(start, tmp_path):

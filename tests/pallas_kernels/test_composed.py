@@ -75,12 +75,23 @@ def test_gradients_in_float64():
         assert relative(gradient, right) < 1e-12, name
 
 
+@functools.cache
+def weighted_gradients(implementation: str, detached: bool = False):
+    """By all inputs, of the sum of output and loss, each times a weight: one program for every question below."""
+
+    def total(inputs, of_output, of_loss):
+        o, kl = composed(*inputs, implementation, detached)
+        return of_output * o + of_loss * kl
+
+    return quick_jit(jax.grad(total))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "tpu", "gpu"], indirect=True)
 def test_gradients_of_every_platform(implementation):
     """In bfloat16, against the composition in float64 on the same numbers and selection."""
     inputs = arrays(jnp.bfloat16)
-    found = quick_jit(jax.grad(lambda *a: sum(composed(*a, implementation)), argnums=range(5)))(*inputs)
+    found = weighted_gradients(implementation)(inputs, 1.0, 1.0)
     selected = selected_of(inputs[:3])
     with jax.enable_x64(True):
         exact = [x.astype(jnp.float64) for x in inputs]
@@ -96,11 +107,10 @@ def test_no_gradient_leaks(implementation):
     """From the output to the indexer, from the loss to attention, and, the indexer detached, from the loss at all."""
     inputs = arrays(jnp.bfloat16)
 
-    def gradients(which, detached=False):
-        total = lambda *a: composed(*a, implementation, detached)[which]  # noqa: E731
-        return quick_jit(jax.grad(total, argnums=range(5)))(*inputs)
+    def reached(*weights, detached=False):
+        found = weighted_gradients(implementation, detached)(inputs, *weights)
+        return [bool(np.any(np.asarray(gradient, np.float32))) for gradient in found]
 
-    of_output, of_loss, of_detached = gradients(0), gradients(1), gradients(1, detached=True)
-    assert [bool(np.any(np.asarray(g, np.float32))) for g in of_output] == [False] * 3 + [True] * 2
-    assert [bool(np.any(np.asarray(g, np.float32))) for g in of_loss] == [True] * 3 + [False] * 2
-    assert not any(np.any(np.asarray(g, np.float32)) for g in of_detached)
+    assert reached(1.0, 0.0) == [False] * 3 + [True] * 2
+    assert reached(0.0, 1.0) == [True] * 3 + [False] * 2
+    assert reached(0.0, 1.0, detached=True) == [False] * 5
