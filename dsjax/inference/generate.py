@@ -8,6 +8,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from dsjax.inference.sampling import sample
 from dsjax.models.transformer import Transformer, cache_from
+from dsjax.parallel.order import in_order, shared_out
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "temperature", "top_p"))
@@ -26,10 +27,11 @@ def generate(
     """
     length = prompts.shape[1]
     choose = functools.partial(sample, temperature=temperature, top_p=top_p)
-    output = model(prompts, inference=True)
-    cache = cache_from(output.latents, length + max_new_tokens)
+    output = model(shared_out(prompts), inference=True)
+    latents = jax.tree.map(jax.vmap(in_order), output.latents)  # of each layer
+    cache = cache_from(latents, length + max_new_tokens)
     first_key, key = jax.random.split(key)
-    first = choose(model.logits(output.hidden[:, -1]), first_key)
+    first = choose(model.logits(in_order(output.hidden)[:, -1]), first_key)
 
     def next_token(carry, step_and_key):
         token, cache = carry

@@ -19,6 +19,7 @@ from dsjax.models.mtp import MultiTokenPrediction
 from dsjax.models.norms import RMSNorm
 from dsjax.models.rope import Rope, rope_at
 from dsjax.models.stack import number_of, rematerialise, stack_layers
+from dsjax.parallel.order import places
 from dsjax.parallel.rules import constrain
 
 T = TypeVar("T")
@@ -90,6 +91,9 @@ class Transformer(nnx.Module):
         inference: bool = False,
     ) -> Output:
         """Runs whole sequences. Positions default to 0..T-1, segments to one a sequence; segment 0 is padding.
+
+        On a mesh that shares out the tokens of a sequence, all arguments and results have them in the order of the
+        devices, ``parallel.order``.
 
         ``inference`` promises that no gradient is taken: experts are read where they lie in the stack.
         """
@@ -170,7 +174,7 @@ def _stacked_experts(layers: DecoderLayer, index: Array) -> StackedExperts | Non
 
 def _defaults(tokens, positions, segment_ids):
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        positions = jnp.broadcast_to(places(tokens.shape[1]), tokens.shape)
     if segment_ids is None:
         segment_ids = jnp.ones(tokens.shape, jnp.int32)
     return positions, segment_ids

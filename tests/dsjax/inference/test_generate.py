@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import quick_jit
+from on_devices import on_eight_devices
 from small_model import random_model, small_config
 
 from dsjax.inference.generate import generate
@@ -31,3 +32,12 @@ def test_the_same_key_gives_the_same_text_and_another_key_another():
     ]
     np.testing.assert_array_equal(texts[0], texts[1])
     assert not np.array_equal(texts[0], texts[2])
+
+
+@pytest.mark.slow
+def test_a_mesh_writes_what_one_device_writes():
+    """Whether the prompt's tokens are shared out or not."""
+    found = on_eight_devices("generate_on_mesh.py")
+    assert len(found) == 6
+    for case, tokens in found.items():
+        assert tokens == found[f"one device, {case.split(', ')[-1]}"], case
