@@ -15,6 +15,7 @@ class Chip(NamedTuple):
     devices_per_chip: int = 1
     link_bandwidth: float = 0.0  # of one of the links that a TPU chip has to each neighbour
     closes_at: int = 4  # chips: dimensions of a TPU slice are rings where all are multiples of it
+    dimensions: int = 3  # of the torus of a slice
     devices_per_node: int = 0  # of GPUs, that have a fast network among them
     node_bandwidth: float = 0.0  # of a GPU, to others of its node
     outer_bandwidth: float = 0.0  # of a device, to other nodes or slices
@@ -27,7 +28,14 @@ class Chip(NamedTuple):
 CHIPS = {
     "v5p": Chip("TPU v5", 459e12, 95 * 2**30, 2765e9, link_bandwidth=100e9, outer_bandwidth=6.25e9),
     "v6e": Chip(
-        "TPU v6 lite", 918e12, 32e9, 1600e9, link_bandwidth=100e9, closes_at=16, outer_bandwidth=12.5e9
+        "TPU v6 lite",
+        918e12,
+        32e9,
+        1600e9,
+        link_bandwidth=100e9,
+        closes_at=16,
+        dimensions=2,
+        outer_bandwidth=12.5e9,
     ),
     "tpu7x": Chip(
         "TPU7x",
@@ -43,6 +51,7 @@ CHIPS = {
         989.4e12,
         80e9,
         3352e9,
+        dimensions=1,
         devices_per_node=8,
         node_bandwidth=450e9,
         outer_bandwidth=50e9,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints the plan; exits 1 where the step does not fit, 2 where the command line is wrong."""
     arguments, rest = _parser().parse_known_args(argv)
     try:
+        for flag in ("json", "hlo"):
+            _refuse_unwritable(flag, getattr(arguments, flag))
         plan, text = planned(_config(arguments.config, rest), arguments.topology, arguments.step)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
@@ -78,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="everything, in bytes and seconds")
     parser.add_argument("--hlo", metavar="FILE", help="the compiled program, as XLA prints it")
     return parser
+
+
+def _refuse_unwritable(flag: str, path: str | None) -> None:
+    if path and not (Path(path).parent.is_dir() and os.access(Path(path).parent, os.W_OK)):
+        raise ConfigError(
+            f"--{flag}={path}: there is no folder {Path(path).parent} that may be written to: make it"
+        )
 
 
 def _config(path: str, rest: list[str]) -> RunConfig:
@@ -127,6 +137,7 @@ def planned(config: RunConfig, topology: str, step: str = "train") -> tuple[Plan
     """
     devices, chip = devices_of(topology)
     check_fits(config, len(devices))
+    shares = computed_shares(config, chip, step)
     mesh, model, train = build_mesh(config.mesh, devices), config.model, config.train
     start = time.perf_counter()
     lowered, state, tokens, model_flops = STEPS[step](config, mesh)
@@ -135,7 +146,7 @@ def planned(config: RunConfig, topology: str, step: str = "train") -> tuple[Plan
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     program = Program(text)
-    weighed = weigh(program, mesh, chip, computed_shares(config, chip, step))
+    weighed = weigh(program, mesh, chip, shares)
     tokens_here = tokens // train.accumulation_steps // len(devices)
     findings = brought_together(weighed.collectives, model)
     if step == "train":

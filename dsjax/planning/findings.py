@@ -8,17 +8,21 @@ from dsjax.planning.network import Collective
 
 
 def brought_together(collectives: Sequence[Collective], model: ModelConfig) -> tuple[str, ...]:
-    """Messages after which a device has as many numbers as the experts of a layer, or the whole head, have."""
+    """Messages after which a device has as many numbers as the experts of a layer, or the whole head, have.
+
+    By their number alone, so that no shape hides them; in a small model hidden states of many tokens have as many.
+    """
     limits = {
         "all experts of a layer": model.n_routed_experts * model.hidden_size * model.moe_intermediate_size,
         "a whole vocabulary": model.vocab_size * model.hidden_size,
     }
-    return tuple(
+    found = (
         f"{name}: {collective.kind} {collective.result} over {'·'.join(collective.axes)}"
         for collective in collectives
         for name, limit in limits.items()
         if collective.kind in ("all-gather", "all-reduce") and collective.largest >= limit
     )
+    return tuple(dict.fromkeys(found))
 
 
 def of_pairs(program: Program, model: ModelConfig, length: int, tokens_here: int) -> tuple[str, ...]:

@@ -166,7 +166,8 @@ def _through_torus(
     """The links of each dimension in which the chips of the group differ.
 
     What is gathered or added up goes round rings, of all dimensions at once. What is exchanged piece by piece goes on
-    average a quarter of the way round, or a third of the way along a dimension that does not close.
+    average a quarter of the way round, over links of two directions: an eighth of its dimension a link. Along one that
+    does not close, half of all cross its middle in either direction: a quarter.
     """
     places = np.asarray([device.coords for device in devices])
     extents = [len({device.coords[axis] for device in mesh.devices.flat}) for axis in range(places.shape[1])]

@@ -1,5 +1,6 @@
 """Devices that are not here, for programs that are compiled and not run."""
 
+import importlib.util
 import os
 import re
 from typing import Any
@@ -29,6 +30,11 @@ _NO_TPU_HERE = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # no device is used: several plans may be made at a time
 }
+_SHAPES = {
+    1: "GPUs are one number, such as h100:64",
+    2: "a slice of these is two numbers of chips, such as v6e:16x16",
+    3: "a slice of these is three numbers of chips, such as v5p:8x8x8",
+}
 
 
 def devices_of(topology: str) -> tuple[list[Any], Chip]:
@@ -41,6 +47,9 @@ def devices_of(topology: str) -> tuple[list[Any], Chip]:
         raise ConfigError(f"--topology={topology} is not written like v5p:8x8x8, 2*v5p:8x8x8 or h100:64")
     slices, name, shape = int(parts[1] or 1), parts[2], parts[3]
     chip = chip_of(name)
+    sizes = [int(size) for size in shape.split("x")]
+    if len(sizes) != chip.dimensions or not all([slices, *sizes]) or (slices > 1 and chip.dimensions == 1):
+        raise ConfigError(f"--topology={topology}: {_SHAPES[chip.dimensions]}")
     jax.config.update("jax_platforms", "cpu")
     try:
         if chip.devices_per_node:
@@ -54,7 +63,7 @@ def devices_of(topology: str) -> tuple[list[Any], Chip]:
         raise
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"--topology={topology}: {first}: {_way_out(chip)}") from error
+        raise ConfigError(f"--topology={topology}: {first}{_way_out(chip)}") from error
 
 
 def _gpus(count: int, chip: Chip) -> list[Any]:
@@ -70,6 +79,5 @@ def _gpus(count: int, chip: Chip) -> list[Any]:
 
 
 def _way_out(chip: Chip) -> str:
-    if chip.devices_per_node:
-        return "the compiler for GPUs comes with pip install 'jax[cuda12]'"
-    return "the compiler for TPUs comes with pip install 'jax[tpu]'; shapes have two numbers on v6e and three on others"
+    module, extra = ("jax_cuda12_plugin", "cuda12") if chip.devices_per_node else ("libtpu", "tpu")
+    return "" if importlib.util.find_spec(module) else f": its compiler comes with pip install 'jax[{extra}]'"
