@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsjax.checkpoint.store import has_checkpoint
 from dsjax.config import ConfigError, RunConfig, to_dict
-from dsjax.config.fields import spell
+from dsjax.config.record import Difference, differences
 
 # What decides the parameters' shapes and which batch comes next: a run cannot go on with another value.
 _FIXED = ("model.", "data.", "seed", "train.batch_size", "train.sequence_length", "optimizer.moment_dtype")
@@ -75,11 +75,10 @@ def changes_since(config: RunConfig, workdir: Path) -> list[str]:
                 f"with --config.init.checkpoint={workdir} and another --workdir, or put the file back"
             )
         return []
-    before, after, changes = _flat(_read(path)), _flat(to_dict(config)), []
-    for name in after:
-        if before.get(name) != after[name]:
-            _refuse_if_fixed(name, before.get(name), after[name], workdir)
-            changes.append(f"{name}: {before.get(name)} -> {after[name]}")
+    changes = []
+    for change in differences(_read(path), to_dict(config)):
+        _refuse_if_fixed(change, workdir)
+        changes.append(f"{change.name}: {change.before} -> {change.after}")
     return changes
 
 
@@ -110,24 +109,9 @@ def _read(path: Path) -> dict:
     return record
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _refuse_if_fixed(name: str, before: object, now: object, workdir: Path) -> None:
-    if name.startswith(_FIXED) and name not in _FREE:
+def _refuse_if_fixed(change: Difference, workdir: Path) -> None:
+    if change.name.startswith(_FIXED) and change.name not in _FREE:
         raise ConfigError(
-            f"{name}={_spelt(now)} differs from the {_spelt(before)} that the run in {workdir} began with: "
-            f"use --config.{name}={_spelt(before)}, or a new --workdir"
+            f"{change.name}={change.after} differs from the {change.before} that the run in {workdir} began with: "
+            f"use --config.{change.name}={change.before}, or a new --workdir"
         )
-
-
-def _spelt(value: object) -> str:
-    """A JSON value as one writes it on the command line."""
-    return spell(tuple(value) if isinstance(value, list) else value)

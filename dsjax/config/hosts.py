@@ -20,4 +20,4 @@ class HostsConfig(Freezable):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value < 1:
-                raise ConfigError(f"hosts.{field.name}={value} must be at least 1")
+                raise ConfigError(f"hosts.{field.name}={value} must be at least 1: it is seconds")

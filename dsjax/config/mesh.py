@@ -30,7 +30,7 @@ class MeshConfig(Freezable):
         for name, size in self.axes().items():
             least = 0 if name == "fsdp" else 1
             if size < least:
-                raise ConfigError(f"mesh.{name}={size} must be at least {least}")
+                raise ConfigError(f"mesh.{name}={size} must be at least {least}: it is a number of devices")
 
     def axes(self) -> dict[str, int]:
         """The axes by name, from the slowest network to the fastest."""
@@ -55,7 +55,7 @@ class MeshConfig(Freezable):
             return sizes | {"fsdp": devices // others}
         if others * self.fsdp != devices:
             raise ConfigError(
-                f"{asked} come to {others * self.fsdp} devices, and there are {devices}: change one of them, or let "
-                "mesh.fsdp=0 take what is left"
+                f"the mesh ({asked}) comes to {others * self.fsdp} devices, and there are {devices}: change one of "
+                "them, or let mesh.fsdp=0 take what is left"
             )
         return sizes

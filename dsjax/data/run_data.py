@@ -105,9 +105,11 @@ def _given_sets(config: DataConfig, vocab_size: int, folder: Path) -> RunData:
             )
     tokenizer.check_fits(vocab_size)
     # Where exports and evaluation look for it, whatever becomes of the sets.
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "tokenizer.json") as unfinished:
-        tokenizer.save(unfinished)
+    path = folder / "tokenizer.json"
+    if not path.exists() or path.read_bytes() != tokenizer.definition.encode():
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as unfinished:
+            tokenizer.save(unfinished)
     weights = [weight for _, weight in config.weighted_sets()]
     whole = hashlib.blake2b(digest_size=16)
     for part, weight in zip(sets, weights, strict=True):

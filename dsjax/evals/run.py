@@ -28,7 +28,7 @@ def run(command: Command) -> None:
     ``eval.batches`` says how much of the held-out text is used, the ``eval.sample_*`` fields what is written.
     """
     config, workdir = command
-    with hosts.together(config.hosts):
+    with hosts.together(config):
         changes_since(config, workdir)  # refuses another model
         _evaluate(config, workdir)
 
@@ -36,12 +36,12 @@ def run(command: Command) -> None:
 def _evaluate(config: RunConfig, workdir: Path) -> None:
     mesh = mesh_of_run(config)
     model, step = load_model(config, workdir, mesh)
-    data = data_of_run(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        workdir=workdir,
-        tokenizer=kept_tokenizer(workdir),
-        log=hosts.say,
+    size, tokenizer = config.model.vocab_size, kept_tokenizer(workdir)
+    data = hosts.first_alone(
+        lambda: data_of_run(
+            config.data, vocab_size=size, workdir=workdir, tokenizer=tokenizer, log=hosts.say
+        ),
+        "the text is opened",
     )
     batches = heldout_batches(
         data,

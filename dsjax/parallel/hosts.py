@@ -5,35 +5,43 @@ process is given JAX_COORDINATOR_ADDRESS, the host and port of process 0, JAX_NU
 """
 
 import contextlib
+import json
 import os
 import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from dsjax.config import ConfigError
-from dsjax.config.hosts import HostsConfig
+from dsjax.config import ConfigError, HostsConfig, RunConfig, to_dict
+from dsjax.config.record import differences
+
+T = TypeVar("T")
 
 _LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "oordination", "closed by peer")
+_ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _SOON_SECONDS = 15.0  # after which a process that waits says so
 
 
 @contextlib.contextmanager
-def together(config: HostsConfig) -> Iterator[None]:
+def together(config: RunConfig) -> Iterator[None]:
     """Joins the processes of the run, if there are several; whatever ends one of them ends it at once.
 
     Its peers learn that it is gone from its silence: waiting for them, to end in order, would keep them waiting.
 
-    Raises ConfigError where the variables do not go together.
+    Raises ConfigError where the variables do not go together, or the processes were given different values.
     """
-    _join(config)
+    _join(config.hosts)
     if jax.process_count() > 1:
         print(introduction(), flush=True)
     try:
+        _refuse_other_values(config)
         yield
     except BaseException as error:
         if jax.process_count() == 1:
@@ -66,6 +74,25 @@ def say(text: str) -> None:
         print(text)
 
 
+def first_alone(make: Callable[[], T], what: str) -> T:
+    """``make()``, of the first process before all others, which find what it has written."""
+    if not is_first():
+        wait_for_all(what)
+        return make()
+    made = make()
+    wait_for_all(what)
+    return made
+
+
+def from_first(content: bytes) -> bytes:
+    """What the first process gives, to all."""
+    if jax.process_count() == 1:
+        return content
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    own = np.frombuffer(content, np.uint8) if is_first() else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own), np.uint8).tobytes()
+
+
 def wait_for_all(what: str) -> None:
     """Returns when every process has come to this point; however long the slowest may take for it."""
     if jax.process_count() > 1:
@@ -79,8 +106,8 @@ def _join(config: HostsConfig) -> None:
     with _watch(config.start_timeout_seconds):
         try:
             jax.distributed.initialize(
-                num_processes=given.get("JAX_NUM_PROCESSES"),
-                process_id=given.get("JAX_PROCESS_ID"),
+                num_processes=given.get(_COUNT),
+                process_id=given.get(_INDEX),
                 # Past our own, which says what to look at; this one ends the process.
                 initialization_timeout=config.start_timeout_seconds + 30,
                 heartbeat_timeout_seconds=config.silence_timeout_seconds,
@@ -89,14 +116,33 @@ def _join(config: HostsConfig) -> None:
         except ValueError:  # nothing says that there are several
             if given:
                 raise
-        except RuntimeError as error:  # a notebook that has used JAX before
+            if _ADDRESS in os.environ:
+                raise _half_set() from None
+        except RuntimeError as error:
+            if "Failed to start RPC server" in str(error):
+                raise ConfigError(
+                    f"{_ADDRESS}={os.environ.get(_ADDRESS, '')}: process 0 cannot listen there, as another program "
+                    "does or the host is another: use a free port of its own"
+                ) from None
+            # A notebook that has used JAX before.
             if given or "before any JAX calls" not in " ".join(str(error).split()):
                 raise
 
 
+def _refuse_other_values(config: RunConfig) -> None:
+    """Raises ConfigError where the first process was given another value; what is written where may differ."""
+    first = json.loads(from_first(json.dumps(to_dict(config)).encode()))
+    for name, its, own in differences(first, to_dict(config)):
+        if not name.startswith("log."):
+            raise ConfigError(
+                f"{name}={own} in process {jax.process_index()} and {its} in process 0: start all with the same flags"
+            )
+
+
 def _from_environment() -> dict[str, int]:
-    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    names, address = (_COUNT, _INDEX), os.environ.get(_ADDRESS)
+    if address and not re.fullmatch(r".+:\d+", address):
+        raise ConfigError(f"{_ADDRESS}={address} is not HOST:PORT of process 0, such as 10.0.0.1:8476")
     found = {}
     for name in names:
         text = os.environ.get(name)
@@ -106,18 +152,21 @@ def _from_environment() -> dict[str, int]:
             raise ConfigError(f"{name}={text} in the environment is not a number: set it for each process")
         found[name] = int(text)
     if found and not (address and len(found) == 2):
-        given = [name for name in ("JAX_COORDINATOR_ADDRESS", *names) if name in os.environ]
-        lacking = [name for name in ("JAX_COORDINATOR_ADDRESS", *names) if name not in os.environ]
+        raise _half_set()
+    if len(found) == 2 and not found[_INDEX] < found[_COUNT]:
         raise ConfigError(
-            f"{' and '.join(given)} is set and {' and '.join(lacking)} is not: a run of several processes needs all "
-            "three, and a run of one none"
-        )
-    if len(found) == 2 and not found["JAX_PROCESS_ID"] < found["JAX_NUM_PROCESSES"]:
-        raise ConfigError(
-            f"JAX_PROCESS_ID={found['JAX_PROCESS_ID']} must be less than JAX_NUM_PROCESSES="
-            f"{found['JAX_NUM_PROCESSES']}: processes count from 0"
+            f"{_INDEX}={found[_INDEX]} must be less than {_COUNT}={found[_COUNT]}: processes count from 0"
         )
     return found
+
+
+def _half_set() -> ConfigError:
+    names = (_ADDRESS, _COUNT, _INDEX)
+    given, lacking = ([name for name in names if (name in os.environ) == wanted] for wanted in (True, False))
+    return ConfigError(
+        f"set: {', '.join(given)}; not set: {', '.join(lacking)}: a run of several processes needs all three, and a "
+        "run of one none"
+    )
 
 
 @contextlib.contextmanager
@@ -143,19 +192,19 @@ def _watch(seconds: int) -> Iterator[None]:
 
 
 def _own_name() -> str:
-    index, count = (os.environ.get(name) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
+    index, count = os.environ.get(_INDEX), os.environ.get(_COUNT)
     return f"process {index} of {count}" if index and count else "this process"
 
 
 def _awaited() -> str:
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS", "the address that the scheduler gave")
-    if os.environ.get("JAX_PROCESS_ID") == "0":
+    address = os.environ.get(_ADDRESS, "the address that the scheduler gave")
+    if os.environ.get(_INDEX) == "0":
         return f"the others to come to {address}"
     return f"process 0 at {address} and all others"
 
 
 def _waited_in_vain(seconds: int) -> str:
-    host, _, port = os.environ.get("JAX_COORDINATOR_ADDRESS", "HOST:PORT").rpartition(":")
+    host, _, port = os.environ.get(_ADDRESS, "HOST:PORT").rpartition(":")
     return (
         f"{_own_name()} waited {seconds} s for {_awaited()}, in vain: look in the others' logs whether they started, "
         f"and whether their hosts reach this address (nc -vz {host} {port}); hosts.start_timeout_seconds is how long "
@@ -171,8 +220,8 @@ def _what_ended(error: BaseException) -> str:
         return first
     if any(sign in str(error) for sign in _LOST):
         return (
-            f"{name} lost another one ({first}): the log of the one that ended first says why; the same command on all "
-            "hosts goes on from the newest checkpoint"
+            f"{name} lost another one ({first}): the log of the one that ended first says why; unless that is to be "
+            "mended first, the same command on all hosts goes on from the newest checkpoint"
         )
     traceback.print_exception(error)
     return f"{name} ended with {type(error).__name__}: {first}"

@@ -50,10 +50,12 @@ def check_fits(config: RunConfig, devices: int) -> None:
     model, train, sizes = config.model, config.train, config.mesh.sizes(devices)
     batch = sizes["data"] * sizes["fsdp"] * sizes["expert"]
     pieces, shards = sizes["context"] * sizes["tensor"], sizes["expert"] * sizes["tensor"]
+    shards_of_weights = sizes["fsdp"] * sizes["expert"] * sizes["context"]
     halves = 2 * pieces if pieces > 1 else 1
     for name, value, divisor, axes in (
         (_PART, train.sequences_at_once, batch, "data · fsdp · expert"),
         ("train.sequence_length", train.sequence_length, halves, "2 · context · tensor"),
+        ("model.hidden_size", model.hidden_size, shards_of_weights, "fsdp · expert · context"),
         ("model.num_attention_heads", model.num_attention_heads, sizes["tensor"], "tensor"),
         ("model.n_routed_experts", model.n_routed_experts, shards, "expert · tensor"),
         ("model.vocab_size", model.vocab_size, shards, "expert · tensor"),

@@ -1,6 +1,7 @@
 """A run from its configuration to its last checkpoint, plot and sample."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -33,19 +34,22 @@ from dsjax.train.state import TrainState, abstract_state, initial_state
 from dsjax.train.step import lowered_step
 from dsjax.train.stop import Diverged, StopSignal
 
+_MARK = ".shared-"  # begins the name of a file by which processes see that they have one workdir
+
 
 def run(command: Command) -> None:
     """Trains as the command line says, from where the workdir stands; exits 1 where the run diverged."""
     config, workdir = command
     start = time.perf_counter()
-    with hosts.together(config.hosts), StopSignal() as stop, _claimed(config, workdir):
+    with hosts.together(config), StopSignal() as stop, _claimed(config, workdir):
         mesh = mesh_of_run(config)
         initial = None if has_checkpoint(workdir) else open_initial(config, workdir)
         use_compilation_cache(config.log.compilation_cache)
         with ThreadPoolExecutor(1) as background:
-            # ---------------------------------------------------- compile while the text is prepared
+            # -------------------------------------- compile while text is prepared; sets are there or are not
+            opened = _data(config, workdir) if config.data.sets else None
             compiled = background.submit(_compile_train_step, config, mesh)
-            data = _data(config, workdir)
+            data = opened or _data(config, workdir)
             try:
                 Run(config, workdir, mesh, initial, data, compiled, stop, start).go()
             except Diverged as diagnosis:
@@ -56,17 +60,24 @@ def run(command: Command) -> None:
 
 @contextlib.contextmanager
 def _claimed(config: RunConfig, workdir: Path) -> Iterator[None]:
-    """The folder is this run's, of whose processes the first holds it."""
+    """The folder is this run's, of whose processes the first holds it; others find there what it has just left."""
     with workdirs.held(workdir) if hosts.is_first() else contextlib.nullcontext():
+        mark = workdir / f"{_MARK}{hosts.from_first(os.urandom(8)).hex()}"
         if hosts.is_first():
             for change in workdirs.claim(config, workdir):
                 print(f"changed since the run began: {change}")
+            for left in workdir.glob(f"{_MARK}*"):
+                left.unlink()
+            mark.touch()
         hosts.wait_for_all("the workdir is claimed")
-        if not (workdir / "config.json").exists():
+        if not mark.exists():
             raise ConfigError(
                 f"--workdir={workdir} is not the folder of process 0: name one that all hosts share, such as a mounted "
                 "bucket"
             )
+        hosts.wait_for_all("the workdir is shared")
+        if hosts.is_first():
+            mark.unlink()
         yield
 
 
@@ -75,15 +86,12 @@ def _data(config: RunConfig, workdir: Path) -> RunData:
 
     def opened() -> RunData:
         size, tokenizer = config.model.vocab_size, kept_tokenizer(workdir)
-        return data_of_run(config.data, vocab_size=size, workdir=workdir, tokenizer=tokenizer, log=hosts.say)
+        data = data_of_run(config.data, vocab_size=size, workdir=workdir, tokenizer=tokenizer, log=hosts.say)
+        if hosts.is_first():
+            workdirs.remember_text(data.fingerprint, workdir)
+        return data
 
-    if not hosts.is_first():
-        hosts.wait_for_all("the text is prepared")
-        return opened()
-    data = opened()
-    workdirs.remember_text(data.fingerprint, workdir)
-    hosts.wait_for_all("the text is prepared")
-    return data
+    return hosts.first_alone(opened, "the text is prepared")
 
 
 def use_compilation_cache(folder: str) -> None:

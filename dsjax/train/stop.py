@@ -22,6 +22,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._noted = signal.SIGTERM
         # Counts in one instruction: between any two another signal may come.
         self._before = itertools.count()
         self._former: dict[signal.Signals, object] = {}
@@ -39,18 +40,19 @@ class StopSignal:
     def before(self, step: int) -> bool:
         """Whether the run is to end instead of taking this step; asked by every process before every step."""
         if not self._alone and multihost_utils.reached_preemption_sync_point(step):
-            self.received = signal.SIGTERM
+            self.received = self._noted
         return self.received is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if next(self._before):
             _say("stopped at once; the last finished checkpoint stands")
             os._exit(128 + number)  # threads that compile or save would keep an ordinary exit waiting
-        if not self._alone:
+        self._noted = signal.Signals(number)
+        _say(f"{self._noted.name}: stopping after this step; once more stops at once, without saving")
+        if self._alone:
+            self.received = self._noted
+        else:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells the others of
-            return
-        self.received = signal.Signals(number)
-        _say(f"{self.received.name}: stopping after this step; once more stops at once, without saving")
 
 
 def _say(text: str) -> None:

@@ -57,14 +57,20 @@ def start(tmp_path_factory):
     everyone: list[subprocess.Popen] = []
 
     def begin(
-        workdir: Path, processes: int = 1, devices: int = 1, only: int | None = None, **changes
+        workdir: Path,
+        processes: int = 1,
+        devices: int = 1,
+        only: int | None = None,
+        of_first: str | None = None,
+        **changes,
     ) -> Processes:
         if not workdir.exists() and (shared / "data").exists():
             shutil.copytree(shared / "data", workdir / "data")
         values = {
             "train.steps": STEPS,
             "eval.every_steps": STEPS,
-            "eval.sample_tokens": 4,
+            "eval.batches": 1,
+            "eval.sample_tokens": 0,
             "checkpoint.every_steps": 3,
             "log.every_steps": 1,
             "log.tensorboard": "false",
@@ -84,7 +90,7 @@ def start(tmp_path_factory):
             log = workdir.parent / f"{workdir.name}-{len(everyone)}.log"
             with log.open("w") as file:
                 process = subprocess.Popen(
-                    command,
+                    [*command, of_first] if of_first and not index else command,
                     cwd=REPOSITORY,
                     env=environment(devices) | {"PYTHONUNBUFFERED": "1"} | (several if processes > 1 else {}),
                     stdout=file,
@@ -99,7 +105,7 @@ def start(tmp_path_factory):
     assert alone.wait() == [0], alone.said(0)[-2000:]
     shutil.copytree(alone.logs[0].parent / "run" / "data", shared / "data")
     begin.alone = alone.logs[0].parent / "run"
-    two = begin(alone.logs[0].parent / "two", devices=2)
+    two = begin(alone.logs[0].parent / "two", devices=2, eval__sample_tokens=4)
     assert two.wait() == [0], two.said(0)[-2000:]
     begin.on_two_devices = alone.logs[0].parent / "two"
     yield begin
@@ -129,7 +135,7 @@ def assert_as_alone(start, workdir: Path, steps: int) -> None:
 
 def test_losses_are_those_of_one_process(start, tmp_path):
     """Two processes add up in the order of two devices: they are the same to the last bit."""
-    two = start(tmp_path / "two", 2)
+    two = start(tmp_path / "two", 2, eval__sample_tokens=4)
     assert two.wait() == [0, 0], two.said(0)[-2000:]
     assert_one_speaks(two)
     assert_as_alone(start, tmp_path / "two", STEPS)
@@ -175,6 +181,24 @@ def test_one_is_killed_and_the_others_end_and_the_command_goes_on(start, tmp_pat
         assert (workdir / "metrics.jsonl").read_bytes() == expected
 
 
+def test_other_flags_or_another_folder_are_refused(start, tmp_path):
+    """Both folders have been that of a run."""
+    for name in ("run", "elsewhere"):
+        shutil.copytree(start.alone, tmp_path / name)
+    for of_first, words in (
+        ("--config.optimizer.lr=0.1", "optimizer.lr=0.004 in process 1 and 0.1 in process 0: start all with"),
+        (
+            f"--workdir={tmp_path / 'elsewhere'}",
+            f"--workdir={tmp_path / 'run'} is not the folder of process 0",
+        ),
+    ):
+        both = start(tmp_path / "run", 2, of_first=of_first)
+        first, second = both.wait(SILENCE_SECONDS + 120)
+        assert (first != 0, second) == (True, 2), both.said(0)[-2000:]
+        assert words in both.said(1)
+        assert "lost another one" in both.said(0) or "another task died" in both.said(0), both.said(0)[-2000:]
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_missing_host_is_named(start, tmp_path, missing):
     waiting = start(tmp_path / "run", 2, only=1 - missing, hosts__start_timeout_seconds=6)
@@ -191,13 +215,18 @@ def test_half_of_the_variables_are_refused(tmp_path):
     for variables, words in (
         (
             {"JAX_NUM_PROCESSES": "2"},
-            "JAX_NUM_PROCESSES is set and JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID is not",
+            "set: JAX_NUM_PROCESSES; not set: JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID: a run of several",
         ),
         (
             {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "localhost:1"},
             "JAX_PROCESS_ID=2 must be less than JAX_NUM_PROCESSES=2",
         ),
         ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES=two in the environment"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "localhost:1"},
+            "set: JAX_COORDINATOR_ADDRESS; not set: JAX_NUM_PROCESSES, JAX_PROCESS_ID",
+        ),
+        ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "JAX_COORDINATOR_ADDRESS=localhost is not HOST:PORT"),
     ):
         run = subprocess.run(
             command, cwd=REPOSITORY, env=os.environ | variables, capture_output=True, text=True

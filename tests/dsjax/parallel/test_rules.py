@@ -68,7 +68,7 @@ def test_every_device_has_an_early_and_a_late_piece(context, tensor):
 @pytest.mark.parametrize(
     ("mesh", "devices", "said"),
     [
-        ({"fsdp": 3}, 8, r"mesh.fsdp=3 come to 3 devices, and there are 8"),
+        ({"fsdp": 3}, 8, r"mesh.fsdp=3\) comes to 3 devices, and there are 8"),
         ({"expert": 3}, 8, r"mesh.expert=3.*does not divide the 8 devices"),
         (
             {"tensor": 8},
@@ -84,6 +84,11 @@ def test_every_device_has_an_early_and_a_late_piece(context, tensor):
             {"context": 32, "fsdp": 1},
             32,
             r"train.sequence_length=96 is not a multiple of 64, which is 2 · context · tensor",
+        ),
+        (
+            {"context": 3, "fsdp": 1},
+            3,
+            r"model.hidden_size=\d+ is not a multiple of 3, which is fsdp · expert · context",
         ),
     ],
 )
