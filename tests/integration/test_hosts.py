@@ -1,5 +1,6 @@
 """One run in several processes on localhost: losses, a signal, a kill, and checkpoints that move between meshes."""
 
+import json
 import os
 import re
 import shutil
@@ -52,7 +53,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts the tiny run in so many processes of so many devices; data and compiled programs are shared."""
+    """Starts the tiny run in so many processes of so many devices; the first prepares the text for all."""
     shared = tmp_path_factory.mktemp("shared")
     everyone: list[subprocess.Popen] = []
 
@@ -62,10 +63,9 @@ def start(tmp_path_factory):
         devices: int = 1,
         only: int | None = None,
         of_first: str | None = None,
+        program: str = "train.py",
         **changes,
     ) -> Processes:
-        if not workdir.exists() and (shared / "data").exists():
-            shutil.copytree(shared / "data", workdir / "data")
         values = {
             "train.steps": STEPS,
             "eval.every_steps": STEPS,
@@ -77,8 +77,10 @@ def start(tmp_path_factory):
             "log.compilation_cache": shared / "xla",
             "hosts.silence_timeout_seconds": SILENCE_SECONDS,
         } | {name.replace("__", "."): value for name, value in changes.items()}
+        if workdir != begin.alone:
+            values["data.sets"] = begin.alone / "data"
         flags = [f"--config.{name}={value}" for name, value in values.items()]
-        command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}", *flags]
+        command = [sys.executable, program, "--config=configs/tiny.py", f"--workdir={workdir}", *flags]
         address = f"localhost:{free_port()}"
         started = Processes([], [])
         for index in range(processes) if only is None else [only]:
@@ -101,13 +103,11 @@ def start(tmp_path_factory):
             started.logs.append(log)
         return started
 
-    alone = begin(tmp_path_factory.mktemp("alone") / "run", train__steps=STEPS_ALONE)
+    begin.alone, begin.on_two_devices = shared / "alone", shared / "two"
+    alone = begin(begin.alone, train__steps=STEPS_ALONE)
     assert alone.wait() == [0], alone.said(0)[-2000:]
-    shutil.copytree(alone.logs[0].parent / "run" / "data", shared / "data")
-    begin.alone = alone.logs[0].parent / "run"
-    two = begin(alone.logs[0].parent / "two", devices=2, eval__sample_tokens=4)
+    two = begin(begin.on_two_devices, devices=2, eval__sample_tokens=4)
     assert two.wait() == [0], two.said(0)[-2000:]
-    begin.on_two_devices = alone.logs[0].parent / "two"
     yield begin
     for process in everyone:
         if process.poll() is None:
@@ -141,6 +141,11 @@ def test_losses_are_those_of_one_process(start, tmp_path):
     assert_as_alone(start, tmp_path / "two", STEPS)
     for name in ("metrics.jsonl", "sample.txt"):
         assert (tmp_path / "two" / name).read_bytes() == (start.on_two_devices / name).read_bytes()
+    evaluated = start(tmp_path / "two", 2, program="eval.py")
+    assert evaluated.wait() == [0, 0], evaluated.said(0)[-2000:]
+    figures = json.loads((tmp_path / "two" / "eval.json").read_text())
+    trained = [line["eval/loss"] for line in read(tmp_path / "two" / "metrics.jsonl") if "eval/loss" in line]
+    assert figures["eval/loss"] == trained[-1]
 
 
 def test_a_checkpoint_of_four_processes_goes_on_anywhere(start, tmp_path):
@@ -184,7 +189,7 @@ def test_one_is_killed_and_the_others_end_and_the_command_goes_on(start, tmp_pat
 def test_other_flags_or_another_folder_are_refused(start, tmp_path):
     """Both folders have been that of a run."""
     for name in ("run", "elsewhere"):
-        shutil.copytree(start.alone, tmp_path / name)
+        shutil.copytree(start.on_two_devices, tmp_path / name)
     for of_first, words in (
         ("--config.optimizer.lr=0.1", "optimizer.lr=0.004 in process 1 and 0.1 in process 0: start all with"),
         (
