@@ -120,6 +120,8 @@ def at_work(corpus: Path, folder: Path, moment: str) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        # Where the tests run in the background of a shell, signals of its terminal are ignored, and so by every child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (folder / moment).exists():
         assert process.poll() is None
