@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import traceback
@@ -103,6 +104,8 @@ def _join(config: HostsConfig) -> None:
     if jax.distributed.is_initialized():
         return
     given = _from_environment()
+    if given.get(_INDEX) == 0:
+        _refuse_taken_port(os.environ[_ADDRESS])
     with _watch(config.start_timeout_seconds):
         try:
             jax.distributed.initialize(
@@ -118,15 +121,21 @@ def _join(config: HostsConfig) -> None:
                 raise
             if _ADDRESS in os.environ:
                 raise _half_set() from None
-        except RuntimeError as error:
-            if "Failed to start RPC server" in str(error):
-                raise ConfigError(
-                    f"{_ADDRESS}={os.environ.get(_ADDRESS, '')}: process 0 cannot listen there, as another program "
-                    "does or the host is another: use a free port of its own"
-                ) from None
-            # A notebook that has used JAX before.
+        except RuntimeError as error:  # a notebook that has used JAX before
             if given or "before any JAX calls" not in " ".join(str(error).split()):
                 raise
+
+
+def _refuse_taken_port(address: str) -> None:
+    """Process 0 is to listen there; JAX, which finds it taken, ends in a traceback or without a word."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as soon as an earlier run has ended
+        try:
+            probe.bind(("", int(address.rpartition(":")[2])))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"{_ADDRESS}={address}: process 0 cannot listen on this port ({error}): use a free one"
+            ) from None
 
 
 def _refuse_other_values(config: RunConfig) -> None:

@@ -204,6 +204,21 @@ def test_other_flags_or_another_folder_are_refused(start, tmp_path):
         assert "lost another one" in both.said(0) or "another task died" in both.said(0), both.said(0)[-2000:]
 
 
+def test_a_taken_port_is_one_sentence(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+        command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"]
+        run = subprocess.run(
+            command, cwd=REPOSITORY, env=environment(1) | several, capture_output=True, text=True, timeout=120
+        )
+    assert run.returncode == 2, run.stderr[-2000:]
+    assert f"JAX_COORDINATOR_ADDRESS={address}: process 0 cannot listen on this port (" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_missing_host_is_named(start, tmp_path, missing):
     waiting = start(tmp_path / "run", 2, only=1 - missing, hosts__start_timeout_seconds=6)

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from dsjax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
+from dsjax.planning.chips import chip_of
 from dsjax.planning.command import main
+from dsjax.planning.shares import computed_shares
 
 
 @pytest.mark.parametrize(
@@ -36,3 +39,9 @@ def test_one_sentence(capsys, tmp_path, monkeypatch, topology, flags, said):
     assert written.out == ""
     assert said in written.err
     assert len(written.err.strip().splitlines()) == 1
+
+
+def test_rounds_that_a_plan_does_not_count_are_refused():
+    config = RunConfig(model=ModelConfig(expert_capacity=0.5), mesh=MeshConfig(expert=8))
+    with pytest.raises(ConfigError, match=r"model.expert_capacity=0.5 takes several rounds at even loads"):
+        computed_shares(config, chip_of("v5p"), "train")
