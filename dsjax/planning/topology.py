@@ -48,7 +48,7 @@ def devices_of(topology: str) -> tuple[list[Any], Chip]:
     slices, name, shape = int(parts[1] or 1), parts[2], parts[3]
     chip = chip_of(name)
     sizes = [int(size) for size in shape.split("x")]
-    if len(sizes) != chip.dimensions or not all([slices, *sizes]) or (slices > 1 and chip.dimensions == 1):
+    if len(sizes) != chip.dimensions or not all([slices, *sizes]) or (slices > 1 and chip.devices_per_node):
         raise ConfigError(f"--topology={topology}: {_SHAPES[chip.dimensions]}")
     jax.config.update("jax_platforms", "cpu")
     try:

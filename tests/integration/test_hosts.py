@@ -157,13 +157,17 @@ def test_a_checkpoint_of_four_processes_goes_on_anywhere(start, tmp_path):
     assert_one_speaks(four)
     saved = int(re.search(r"SIGTERM: saved at step (\d+)", four.said(0)).group(1))
     assert_as_alone(start, tmp_path / "four", saved)
+    whole = start(tmp_path / "whole", devices=4, train__steps=saved + 3)
+    assert whole.wait() == [0], whole.said(0)[-2000:]
+    expected = losses(tmp_path / "whole")
+    assert losses(tmp_path / "four") == pytest.approx(expected[:saved], rel=1e-6)  # in another order of sums
     for processes, devices in ((1, 1), (1, 2), (1, 8), (2, 2)):
         workdir = tmp_path / f"on-{processes}-{devices}"
         shutil.copytree(tmp_path / "four", workdir)
         again = start(workdir, processes, devices, train__steps=saved + 3)
         assert again.wait() == [0] * processes, again.said(0)[-2000:]
         assert f"resumed from the checkpoint of step {saved}" in again.said(0)
-        assert_as_alone(start, workdir, saved + 3)
+        assert losses(workdir) == pytest.approx(expected, rel=1e-5)
 
 
 def test_one_is_killed_and_the_others_end_and_the_command_goes_on(start, tmp_path):
@@ -204,19 +208,25 @@ def test_other_flags_or_another_folder_are_refused(start, tmp_path):
         assert "lost another one" in both.said(0) or "another task died" in both.said(0), both.said(0)[-2000:]
 
 
+def refusal(variables: dict[str, str], workdir: Path) -> str:
+    """The sentence with which a process of these variables ends."""
+    command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={workdir}"]
+    run = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | variables, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 2, run.stderr[-2000:]
+    assert len(run.stderr.strip().splitlines()) == 1
+    return run.stderr
+
+
 def test_a_taken_port_is_one_sentence(tmp_path):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
-        several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
-        command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"]
-        run = subprocess.run(
-            command, cwd=REPOSITORY, env=environment(1) | several, capture_output=True, text=True, timeout=120
-        )
-    assert run.returncode == 2, run.stderr[-2000:]
-    assert f"JAX_COORDINATOR_ADDRESS={address}: process 0 cannot listen on this port (" in run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1
+        variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+        said = refusal(variables, tmp_path / "run")
+    assert f"JAX_COORDINATOR_ADDRESS={address}: process 0 cannot listen on this port (" in said
 
 
 @pytest.mark.parametrize("missing", [0, 1])
@@ -231,7 +241,6 @@ def test_a_missing_host_is_named(start, tmp_path, missing):
 
 
 def test_half_of_the_variables_are_refused(tmp_path):
-    command = [sys.executable, "train.py", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"]
     for variables, words in (
         (
             {"JAX_NUM_PROCESSES": "2"},
@@ -248,9 +257,4 @@ def test_half_of_the_variables_are_refused(tmp_path):
         ),
         ({"JAX_COORDINATOR_ADDRESS": "localhost"}, "JAX_COORDINATOR_ADDRESS=localhost is not HOST:PORT"),
     ):
-        run = subprocess.run(
-            command, cwd=REPOSITORY, env=os.environ | variables, capture_output=True, text=True
-        )
-        assert run.returncode == 2
-        assert words in run.stderr
-        assert len(run.stderr.strip().splitlines()) == 1
+        assert words in refusal(variables, tmp_path / "run")
